@@ -1,0 +1,1 @@
+"""How a model is recognised, planned for, edited in place and given back."""
