@@ -1,3 +1,12 @@
-"""opendit: fused kernels and attention for Diffusion Transformers, applied to the model you already have."""
+"""opendit: Diffusion Transformers, faster, with nothing else changed.
 
+model = opendit.accelerate(model)
+model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
+"""
+
+from opendit.api import Boosted, accelerate, explain, restore
+from opendit.config import BoosterConfig
+from opendit.patch.registry import register_family
+
+__all__ = ["Boosted", "BoosterConfig", "accelerate", "explain", "register_family", "restore"]
 __version__ = "0.1.0"

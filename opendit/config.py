@@ -1,0 +1,142 @@
+"""`BoosterConfig`: everything `accelerate` can be asked for, checked before anything is touched.
+
+A field exists here as soon as it is part of the interface. Where its work is not done yet, its default is
+the only value that passes, and any other allowed value raises `NotImplementedError` naming the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, cast
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import TypeVar
+
+# A factory is called last, with the parameters as they are once the model is in its final form.
+OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+
+OptimizerT = TypeVar("OptimizerT", bound="Optimizer | OptimizerFactory | None", default=None)
+
+KERNEL_BACKENDS = ("auto", "triton", "reference")
+
+# What each field may say once all of it is built; the first value is the default.
+_ALLOWED: dict[str, tuple[object, ...]] = {
+    "precision": ("inherit", "bf16", "fp16", "fp32", "fp8"),
+    "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
+    "engine": ("torch", "colossalai"),
+    "sequence_parallel": ("auto", "fastseq", "ulysses", "ring", "usp"),
+    "activation_checkpointing": (False, True, "selective", "full"),
+    "ema": (None,),
+}
+
+# Fields of which only the default works so far.
+_PENDING = frozenset(_ALLOWED)
+
+_RECIPES: dict[str, dict[str, Any]] = {
+    "train": {"compile": True},
+    "sample": {"compile": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoosterConfig(Generic[OptimizerT]):
+    """What to accelerate with. Immutable; a mapping with the same keys is as good.
+
+    Args:
+        kernels: `"auto"` (Triton where it runs, else the reference), `"triton"`, `"reference"`, or a mapping
+            from kernel names to backends, e.g. `{"layernorm": "apex"}`; kernels not named stay `"auto"`.
+        attention: `"auto"` or the name of a backend of `opendit.attention`.
+        compile: compile each transformer block with `torch.compile`, in place. Blocks of one shape share
+            one compilation, so the first step comes much sooner than when the whole model is compiled.
+        optimizer: an optimizer built on the model's parameters, or a factory such as
+            `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
+        precision: `"inherit"`: the caller's autocast and parameter dtypes decide. Others: not implemented.
+        plugin: the distributed plugin; only `None` (the caller wraps the model) is implemented.
+        engine: where plugins come from; only `"torch"` is implemented.
+        sequence_parallel: the method used when `sp_size > 1`; not implemented beyond `"auto"`.
+        activation_checkpointing: not implemented beyond `False`.
+        ema: not implemented beyond `None`.
+
+    Raises:
+        ValueError: a value that is not allowed.
+        TypeError: a value of the wrong type.
+        NotImplementedError: an allowed value whose work is not done yet.
+    """
+
+    kernels: str | Mapping[str, str] = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    optimizer: OptimizerT = field(default=cast(Any, None))
+    precision: str = "inherit"
+    plugin: str | None = None
+    engine: str = "torch"
+    sequence_parallel: str = "auto"
+    activation_checkpointing: bool | str = False
+    ema: object = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kernels, Mapping):
+            # A private copy: the caller's dict may change after this.
+            object.__setattr__(self, "kernels", dict(self.kernels))
+        elif not isinstance(self.kernels, str):
+            raise TypeError(
+                f"kernels: got {self.kernels!r}; allowed: one of {', '.join(KERNEL_BACKENDS)}, or a mapping from "
+                "kernel names to backends"
+            )
+        elif self.kernels not in KERNEL_BACKENDS:
+            raise ValueError(
+                f"kernels: got {self.kernels!r}; allowed: {', '.join(KERNEL_BACKENDS)}, or a mapping from kernel "
+                f"names to backends. {_closest(self.kernels, KERNEL_BACKENDS)}"
+            )
+        if not isinstance(self.attention, str):
+            raise TypeError(f"attention: got {self.attention!r}; allowed: the name of an attention backend")
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile: got {self.compile!r}; allowed: True or False")
+        if self.optimizer is not None and not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or a factory "
+                "that makes one from the model's parameters, such as functools.partial(torch.optim.AdamW, lr=1e-4)"
+            )
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+                raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
+            if name in _PENDING and value != allowed[0]:
+                raise NotImplementedError(
+                    f"{name}={value!r} is part of the interface but not implemented yet; leave {name} at {allowed[0]!r}"
+                )
+
+    @classmethod
+    def of(cls, source: BoosterConfig[Any] | Mapping[str, Any] | str | None) -> BoosterConfig[Any]:
+        """The config that `source` stands for: itself, a mapping of fields, a recipe's name, or the defaults."""
+        if source is None:
+            return BoosterConfig()
+        if isinstance(source, BoosterConfig):
+            return source
+        if isinstance(source, str):
+            if source not in _RECIPES:
+                raise ValueError(
+                    f"booster_cfg: got {source!r}; allowed recipes: {', '.join(_RECIPES)}. {_closest(source, _RECIPES)}"
+                )
+            return BoosterConfig(**_RECIPES[source])
+        if isinstance(source, Mapping):
+            names = [f.name for f in dataclasses.fields(cls)]
+            for key in source:
+                if key not in names:
+                    raise ValueError(
+                        f"booster_cfg: unknown key {key!r}; allowed: {', '.join(names)}. {_closest(str(key), names)}"
+                    )
+            return BoosterConfig(**source)
+        raise TypeError(
+            f"booster_cfg: got {type(source).__name__}; allowed: a BoosterConfig, a mapping of its fields, "
+            f"a recipe name ({', '.join(_RECIPES)}), or None"
+        )
+
+
+def _closest(given: str, allowed: Iterable[str]) -> str:
+    match = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"Did you mean {match[0]!r}?" if match else "Choose one of the allowed values."

@@ -1,0 +1,206 @@
+"""Edits one model instance, and undoes it.
+
+An edit gives a module a new class, made on the fly from a mixin and the class it already had:
+
+    block.__class__ = (FusedBlock, DiTBlock)      # FusedBlock.forward wins; everything else is DiTBlock's
+
+So parameters, buffers, hooks, state-dict keys and `isinstance` stay as they were, the upstream class and
+every other instance of it are untouched, and giving the old class back undoes the edit exactly. Mixins keep
+nothing on the instance: what was chosen for them (kernel and attention backends) lives on the made class.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+logger = logging.getLogger("opendit")
+
+_PLAN = "_opendit_plan"
+
+# Fallbacks taken while running, per module: reason -> logged once. Kept outside the modules, so that copies
+# and pickles of a model never carry it.
+_fallbacks: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which backend each kernel and the attention use. `kernels` is sorted pairs, so that choices hash."""
+
+    kernels: tuple[tuple[str, str], ...]
+    attention: str
+
+    def kernel(self, name: str) -> str:
+        return dict(self.kernels).get(name, "reference")
+
+
+REFERENCE = Choices(kernels=(), attention="reference")
+
+
+class Patched:
+    """Base of every mixin: an ordinary `forward` with the upstream signature, and nothing else."""
+
+    _opendit_base: ClassVar[type[nn.Module]]
+    _opendit_mixin: ClassVar[type[Patched]]
+    _opendit_choices: ClassVar[Choices]
+    _opendit_kernels: ClassVar[dict[str, str]]
+    _opendit_attention: ClassVar[str]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The made class has no import path; pickle and deepcopy make it again from its ingredients.
+        cls = type(self)
+        recipe = (cls._opendit_base, cls._opendit_mixin, cls._opendit_choices)
+        return _rebuild, recipe, cast(Any, self).__getstate__()
+
+    def _kernel(self, name: str) -> str:
+        return self._opendit_kernels.get(name, "reference")
+
+    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward that this mixin replaced, remembers why, and logs it the first time."""
+        module = cast(nn.Module, self)
+        if not torch.compiler.is_compiling():
+            seen = _fallbacks.setdefault(module, set())
+            if reason not in seen:
+                seen.add(reason)
+                logger.warning("%s: upstream's forward is used: %s", type(self)._opendit_base.__name__, reason)
+        return type(self)._opendit_base.forward(module, *args, **kwargs)
+
+
+_made: dict[tuple[type, type, Choices], type[nn.Module]] = {}
+
+
+def patched_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> type[nn.Module]:
+    """The class that behaves as `base` with `mixin`'s forward. Equal arguments give the same class."""
+    key = (base, mixin, choices)
+    if key not in _made:
+        _made[key] = _make_class(base, mixin, choices)
+    return _made[key]
+
+
+def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> type[nn.Module]:
+    # The name stays upstream's: device maps, wrap policies and printed models go by it.
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_opendit_base": base,
+        "_opendit_mixin": mixin,
+        "_opendit_choices": choices,
+        "_opendit_kernels": dict(choices.kernels),
+        "_opendit_attention": choices.attention,
+    }
+    return type(base.__name__, (mixin, base), namespace)
+
+
+def _rebuild(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> nn.Module:
+    cls = patched_class(base, mixin, choices)
+    return cls.__new__(cls)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One module that gets `mixin`; `what` says what changes there, in a few words."""
+
+    fqn: str
+    mixin: type[Patched]
+    what: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One module, or part of one, that stays as it was, and why."""
+
+    fqn: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to happen to a model, decided before anything does."""
+
+    family: str
+    model: str
+    edits: tuple[Edit, ...]
+    kept: tuple[Kept, ...]
+    choices: Choices
+    notes: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<opendit plan for {self.model}: {len(self.edits)} modules changed, {len(self.kept)} left>"
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that was applied to `model`, or None."""
+    return cast("Plan | None", model.__dict__.get(_PLAN))
+
+
+def fallbacks(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where upstream's forward had to be used while running: pairs of module name and reason."""
+    for fqn, module in model.named_modules():
+        for reason in sorted(_fallbacks.get(module, ())):
+            yield fqn, reason
+
+
+def apply(model: nn.Module, plan: Plan) -> None:
+    """Carries `plan` out on this instance. Where one edit fails, those before it are undone."""
+    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for edit in plan.edits:
+            module = model.get_submodule(edit.fqn)
+            if isinstance(module, Patched):
+                continue  # the same module under a second name
+            base = type(module)
+            module.__class__ = patched_class(base, edit.mixin, plan.choices)
+            done.append((module, base))
+    except BaseException:
+        for module, base in done:
+            module.__class__ = base
+        raise
+    setattr(model, _PLAN, plan)
+    for fqn in plan.compiled:
+        # The types of nn.Module.compile are not declared.
+        cast(Any, model.get_submodule(fqn)).compile()
+
+
+def unapply(model: nn.Module) -> None:
+    """Gives every module of `model` back the class it came with.
+
+    Raises `ValueError`, before anything is changed, where a class made later by someone else (such as
+    `fully_shard`) stands on top of ours.
+    """
+    patched = [(fqn, module) for fqn, module in model.named_modules() if isinstance(module, Patched)]
+    for fqn, module in patched:
+        if type(module).__dict__.get("_opendit_mixin") is None:
+            made = " < ".join(f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[:2])
+            raise ValueError(
+                f"model: {fqn or 'the model itself'} was given another class after accelerate ({made}); undo "
+                "that first, or call restore before sharding or wrapping"
+            )
+    plan = plan_of(model)
+    for fqn in plan.compiled if plan else ():
+        model.get_submodule(fqn).__dict__.pop("_compiled_call_impl", None)
+    for _, module in patched:
+        _fallbacks.pop(cast(nn.Module, module), None)
+        module.__class__ = cast(Any, type(module))._opendit_base
+    model.__dict__.pop(_PLAN, None)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether someone registered a hook on a module that a fused forward would not call."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
+
+
+def linear_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which a Linear will read `x`: autocast's where it is on, else None for its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

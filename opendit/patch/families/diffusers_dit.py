@@ -1,0 +1,208 @@
+"""diffusers' `DiTTransformer2DModel`, matched by its class.
+
+Its blocks are `BasicTransformerBlock`s with `ada_norm_zero`: each owns timestep and label embeddings, so each
+draws its own label drop in training, and norm3 (before the feed-forward) has its own eps and affine:
+
+    x ← x + gate_a · attn1(LN(x)·(1 + scale_a) + shift_a)
+    x ← x + gate_m · ff(norm3(x)·(1 + scale_m) + shift_m)      shift, scale, gate [B, D] from norm1.emb
+
+Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from opendit.attention import attend
+from opendit.kernels.gate_residual import gate_residual
+from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
+from opendit.kernels.layernorm_modulate import layernorm_modulate
+from opendit.patch.core import Patched, hooked, linear_dtype
+from opendit.patch.planner import Planner, has, plain_layernorm
+from opendit.patch.probe import StandIn
+from opendit.patch.registry import Family, Test
+
+_MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
+_BLOCK = "diffusers.models.attention.BasicTransformerBlock"
+_ATTENTION = "diffusers.models.attention_processor.Attention"
+_PROCESSOR = "diffusers.models.attention_processor.AttnProcessor2_0"
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class FusedBlock(Patched):
+    """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
+
+    norm1: Any
+    attn1: nn.Module
+    norm3: nn.LayerNorm
+    ff: nn.Module
+    _chunk_size: int | None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        others = (attention_mask, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
+        reason = (
+            "a mask or another conditioning was given"
+            if any(o is not None for o in others) or cross_attention_kwargs
+            else "the feed-forward is chunked"
+            if self._chunk_size is not None
+            else "hooks on its norms"
+            if hooked(self.norm1, self.norm1.norm, self.norm3)
+            else None
+        )
+        if reason is not None:
+            return self._upstream(
+                reason,
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+        x = hidden_states
+        c = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        modulation = self.norm1.linear(self.norm1.silu(c))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+        h = layernorm_modulate(
+            x,
+            shift_a,
+            scale_a,
+            eps=self.norm1.norm.eps,
+            out_dtype=linear_dtype(x),
+            backend=self._kernel("layernorm_modulate"),
+        )
+        x, h = gate_residual_layernorm_modulate(
+            x,
+            self.attn1(h),
+            gate_a,
+            shift_m,
+            scale_m,
+            weight=self.norm3.weight,
+            bias=self.norm3.bias,
+            eps=self.norm3.eps,
+            out_dtype=linear_dtype(x),
+            backend=self._kernel("gate_residual_layernorm_modulate"),
+        )
+        return gate_residual(x, self.ff(h), gate_m, backend=self._kernel("gate_residual"))
+
+
+class DispatchedAttention(Patched):
+    """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
+
+    heads: int
+    processor: object
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
+    to_out: nn.ModuleList
+    rescale_output_factor: float
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if _path(type(self.processor)) != _PROCESSOR:
+            reason = f"its processor is now {type(self.processor).__name__}"
+        elif attention_mask is not None or encoder_hidden_states is not None or kwargs:
+            reason = "a mask or other arguments were given"
+        elif hidden_states.dim() != 3:
+            reason = "its input is not [B, L, D]"
+        else:
+            q, k, v = (
+                projection(hidden_states).unflatten(-1, (self.heads, -1))
+                for projection in (self.to_q, self.to_k, self.to_v)
+            )
+            out = attend(q, k, v, backend=self._opendit_attention).flatten(2)
+            return self.to_out[1](self.to_out[0](out)) / self.rescale_output_factor
+        return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+
+def plan(model: Any, planner: Planner) -> None:
+    for i, block in enumerate(model.transformer_blocks):
+        name = f"transformer_blocks.{i}"
+        _plan_block(planner, name, block)
+        _plan_attention(planner, f"{name}.attn1", block.attn1)
+        planner.keep(f"{name}.ff", "two linears and a GELU: no kernel of ours beats torch's here yet")
+    planner.keep("norm_out", "its modulation is written in the model's own forward")
+
+
+def _plan_block(planner: Planner, name: str, block: Any) -> None:
+    if _path(type(block)) != _BLOCK:
+        planner.keep(name, f"it is a {_path(type(block))}, not {_BLOCK}")
+    elif block.norm_type != "ada_norm_zero" or block.attn2 is not None or block.pos_embed is not None:
+        planner.keep(name, "it is not a plain ada_norm_zero block (cross-attention or own positions)")
+    elif not plain_layernorm(block.norm1.norm) or not plain_layernorm(block.norm3):
+        planner.keep(name, "its norms are not torch's LayerNorm over the last dimension")
+    else:
+        width = block.norm1.norm.normalized_shape[0]
+        classes = block.norm1.emb.class_embedder.num_classes
+        planner.offer(
+            name,
+            block,
+            FusedBlock,
+            "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
+            lambda dtype: (
+                torch.randn(2, 3, width, dtype=dtype),
+                None,
+                None,
+                None,
+                torch.tensor([3, 700]),
+                None,
+                torch.tensor([0, classes - 1]),
+            ),
+            bypassed=(block.norm1, block.norm1.norm, block.norm3),
+            stand_ins={"attn1": StandIn(width), "ff": StandIn(width)},
+        )
+
+
+def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
+    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+    present = [extra for extra in extras if getattr(attn, extra, None) is not None]
+    if _path(type(attn)) != _ATTENTION:
+        planner.keep(name, f"it is a {_path(type(attn))}, not {_ATTENTION}")
+    elif _path(type(attn.processor)) != _PROCESSOR:
+        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
+    elif present or attn.residual_connection:
+        planner.keep(name, f"it has {', '.join(present) or 'a residual connection'}")
+    else:
+        width = attn.to_q.weight.shape[1]
+        planner.offer(
+            name,
+            attn,
+            DispatchedAttention,
+            "q, k, v go to the chosen attention backend",
+            lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+        )
+
+
+FAMILY = Family(
+    name="diffusers_dit",
+    describes="diffusers' DiTTransformer2DModel; recognised by class",
+    tests=(
+        Test(f"it is a {_MODEL}", lambda m: any(_path(c) == _MODEL for c in type(m).__mro__)),
+        Test("it has transformer_blocks", lambda m: has(m, "transformer_blocks")),
+    ),
+    plan=plan,
+    blocks="transformer_blocks",
+)

@@ -1,0 +1,231 @@
+"""facebookresearch/DiT, SiT and fast-DiT: classes that live in users' own files, so structure decides.
+
+    block:  x ← x + gate_a · attn(LN(x)·(1 + scale_a) + shift_a)
+            x ← x + gate_m · mlp(LN(x)·(1 + scale_m) + shift_m)      shift, scale, gate [B, D] from c
+    head:   linear(LN(x)·(1 + scale) + shift)
+
+Shapes: x [B, L, D], c [B, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from opendit.attention import attend
+from opendit.kernels.gate_residual import gate_residual
+from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
+from opendit.kernels.layernorm_modulate import layernorm_modulate
+from opendit.patch.core import Patched, hooked, linear_dtype
+from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
+from opendit.patch.probe import StandIn
+from opendit.patch.registry import Family, Test
+
+_BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+_HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
+
+
+class FusedBlock(Patched):
+    """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
+
+    norm1: nn.LayerNorm
+    attn: nn.Module
+    norm2: nn.LayerNorm
+    mlp: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        if hooked(self.norm1, self.norm2):
+            return self._upstream("hooks on its norms", x, c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        h = layernorm_modulate(
+            x,
+            shift_a,
+            scale_a,
+            weight=self.norm1.weight,
+            bias=self.norm1.bias,
+            eps=self.norm1.eps,
+            out_dtype=linear_dtype(x),
+            backend=self._kernel("layernorm_modulate"),
+        )
+        x, h = gate_residual_layernorm_modulate(
+            x,
+            self.attn(h),
+            gate_a,
+            shift_m,
+            scale_m,
+            weight=self.norm2.weight,
+            bias=self.norm2.bias,
+            eps=self.norm2.eps,
+            out_dtype=linear_dtype(x),
+            backend=self._kernel("gate_residual_layernorm_modulate"),
+        )
+        return gate_residual(x, self.mlp(h), gate_m, backend=self._kernel("gate_residual"))
+
+
+class DispatchedAttention(Patched):
+    """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
+
+    num_heads: int
+    training: bool
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if any(a is not None and a is not False for a in (*args, *kwargs.values())):
+            return self._upstream("a mask was given", x, *args, **kwargs)
+        if self.training and self.attn_drop.p:
+            return self._upstream("dropout active in attention", x)
+        B, L, _ = x.shape
+        qkv = self.qkv(x)
+        q, k, v = qkv.view(B, L, 3, self.num_heads, qkv.shape[-1] // (3 * self.num_heads)).unbind(2)
+        if hasattr(self, "q_norm"):  # absent in old timm
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(q, k, v, backend=self._opendit_attention)
+        return self.proj_drop(self.proj(out.flatten(2)))
+
+
+class FusedHead(Patched):
+    """The final layer with LayerNorm+modulate in one pass."""
+
+    norm_final: nn.LayerNorm
+    linear: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        if hooked(self.norm_final):
+            return self._upstream("hooks on its norm", x, c)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        h = layernorm_modulate(
+            x,
+            shift,
+            scale,
+            weight=self.norm_final.weight,
+            bias=self.norm_final.bias,
+            eps=self.norm_final.eps,
+            out_dtype=linear_dtype(x),
+            backend=self._kernel("layernorm_modulate"),
+        )
+        return self.linear(h)
+
+
+class AnyDtypeTimesteps(Patched):
+    """The timestep embedder; its fp32 sinusoid is cast to the MLP's dtype, so that bf16 weights work."""
+
+    mlp: nn.Sequential
+    frequency_embedding_size: int
+    timestep_embedding: Callable[..., torch.Tensor]
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        sinusoid = self.timestep_embedding(t, self.frequency_embedding_size)
+        first: Any = self.mlp[0]
+        return self.mlp(sinusoid.to(first.weight.dtype))
+
+
+def plan(model: Any, planner: Planner) -> None:
+    for i, block in enumerate(model.blocks):
+        name = f"blocks.{i}"
+        _plan_block(planner, name, block)
+        _plan_attention(planner, f"{name}.attn", block.attn)
+        planner.keep(f"{name}.mlp", "two linears and a GELU: no kernel of ours beats torch's here yet")
+    _plan_head(planner, model.final_layer)
+    if planner.edits and has(model, "t_embedder.mlp", "t_embedder.frequency_embedding_size"):
+        planner.offer(
+            "t_embedder",
+            model.t_embedder,
+            AnyDtypeTimesteps,
+            "casts its sinusoid to the weights' dtype",
+            lambda dtype: (torch.tensor([0.0, 3.5, 999.0]),),
+            dtype=torch.float32,
+        )
+
+
+def _plan_block(planner: Planner, name: str, block: Any) -> None:
+    width = block.norm1.normalized_shape[0] if plain_layernorm(block.norm1) else 0
+    if set(dict(block.named_children())) != _BLOCK_PARTS:
+        planner.keep(name, f"its parts are not exactly {', '.join(sorted(_BLOCK_PARTS))}")
+    elif not width or not plain_layernorm(block.norm2, width):
+        planner.keep(name, "its norms are not torch's LayerNorm over one same dimension")
+    elif parameters_of_forward(block) != ("x", "c"):
+        planner.keep(name, f"its forward takes ({', '.join(parameters_of_forward(block))}), not (x, c)")
+    else:
+        planner.offer(
+            name,
+            block,
+            FusedBlock,
+            "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
+            lambda dtype: (torch.randn(2, 3, width, dtype=dtype), torch.randn(2, width, dtype=dtype)),
+            bypassed=(block.norm1, block.norm2),
+            stand_ins={"attn": StandIn(width), "mlp": StandIn(width)},
+        )
+
+
+def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
+    dropout = getattr(getattr(attn, "attn_drop", None), "p", None)
+    if not has(attn, "num_heads", "qkv.weight", "proj", "attn_drop", "proj_drop"):
+        planner.keep(name, "it is not built like timm's Attention (num_heads, qkv, attn_drop, proj, proj_drop)")
+    elif dropout is None or dropout > 0:
+        planner.keep(name, f"dropout active in attention (p={dropout})")
+    elif getattr(attn, "gate", None) is not None:
+        planner.keep(name, "it gates its output")
+    elif not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+        planner.keep(name, "it normalises its output")
+    else:
+        width = attn.qkv.weight.shape[1]
+        planner.offer(
+            name,
+            attn,
+            DispatchedAttention,
+            "q, k, v go to the chosen attention backend",
+            lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+            bypassed=(attn.attn_drop,),
+        )
+
+
+def _plan_head(planner: Planner, head: Any) -> None:
+    if set(dict(head.named_children())) != _HEAD_PARTS or not plain_layernorm(head.norm_final):
+        planner.keep("final_layer", f"its parts are not {', '.join(sorted(_HEAD_PARTS))} with torch's LayerNorm")
+        return
+    width = head.norm_final.normalized_shape[0]
+    planner.offer(
+        "final_layer",
+        head,
+        FusedHead,
+        "LayerNorm+modulate: one pass",
+        lambda dtype: (torch.randn(2, 3, width, dtype=dtype), torch.randn(2, width, dtype=dtype)),
+        bypassed=(head.norm_final,),
+    )
+
+
+FAMILY = Family(
+    name="dit",
+    describes="facebookresearch/DiT, SiT, fast-DiT; recognised by structure",
+    tests=(
+        Test(
+            "it has x_embedder, t_embedder, blocks and final_layer",
+            lambda m: has(m, "x_embedder", "t_embedder", "blocks", "final_layer"),
+        ),
+        Test(
+            "blocks is a ModuleList that is not empty",
+            lambda m: isinstance(m.blocks, nn.ModuleList) and len(m.blocks) > 0,
+        ),
+        Test(
+            "every block has norm1, attn, norm2, mlp and adaLN_modulation",
+            lambda m: all(has(b, *_BLOCK_PARTS) for b in m.blocks),
+        ),
+        Test(
+            "final_layer has norm_final, linear and adaLN_modulation",
+            lambda m: has(m.final_layer, *_HEAD_PARTS),
+        ),
+        Test("it has no temp_embed (that would be Latte)", lambda m: not hasattr(m, "temp_embed")),
+    ),
+    plan=plan,
+    blocks="blocks",
+)

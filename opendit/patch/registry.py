@@ -1,0 +1,121 @@
+"""Which model families there are, and which of them a model belongs to.
+
+A family is one record made in one file of `opendit/patch/families/`; files are discovered, there is no list
+to keep. Other packages add theirs with `register_family`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from opendit.patch.planner import Planner
+
+
+@dataclass(frozen=True)
+class Test:
+    """One thing that is true of every model of a family: what it says, and how it is checked."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model that `accelerate` knows.
+
+    Attributes:
+        name: short and unique.
+        describes: one line for error messages and documentation.
+        tests: all must hold for a model to be of this family; ordered from coarse to fine.
+        plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
+        blocks: where the transformer blocks are: the name of a ModuleList.
+    """
+
+    name: str
+    describes: str
+    tests: tuple[Test, ...]
+    plan: Callable[[Any, Planner], None]
+    blocks: str
+
+
+_registered: dict[str, Family] = {}
+
+
+@functools.cache
+def _builtin() -> dict[str, Family]:
+    package = importlib.import_module("opendit.patch.families")
+    found: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        family: Family | None = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "FAMILY", None)
+        if family is not None:
+            found[family.name] = family
+    return found
+
+
+def families() -> dict[str, Family]:
+    """Every known family by name."""
+    return {**_builtin(), **_registered}
+
+
+def register_family(family: Family) -> None:
+    """Makes `accelerate` know `family`. Raises `ValueError` where the name is taken."""
+    if not isinstance(family, Family):
+        raise TypeError(f"family: got {type(family).__name__}; allowed: an opendit.patch.registry.Family")
+    if family.name in families():
+        raise ValueError(
+            f"family: the name {family.name!r} is taken; known: {', '.join(families())}. Choose another name"
+        )
+    _registered[family.name] = family
+
+
+def resolve(model: nn.Module) -> Family:
+    """The one family that `model` belongs to.
+
+    Raises `ValueError` where there is none (naming the nearest and the test that failed there) or several.
+    """
+    known = families()
+    failed = {name: first_failure(family, model) for name, family in known.items()}
+    matching = [name for name, test in failed.items() if test is None]
+    if len(matching) == 1:
+        return known[matching[0]]
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if matching:
+        raise ValueError(f"model: {kind} matches several families: {', '.join(matching)}. One of them must say more")
+
+    def passed(name: str) -> int:
+        test = failed[name]
+        return known[name].tests.index(test) if test is not None else 0
+
+    nearest = max(known, key=passed)
+    test = failed[nearest]
+    raise ValueError(
+        f"model: {kind} is of no known family. Known: "
+        + "; ".join(f"{f.name} ({f.describes})" for f in known.values())
+        + f". Nearest: {nearest}, but it does not hold that {test.says if test else '?'}. "
+        + (_inside(model, known) or "")
+        + "Describe other models with opendit.register_family"
+    )
+
+
+def first_failure(family: Family, model: nn.Module) -> Test | None:
+    for test in family.tests:
+        if not test.holds(model):
+            return test
+    return None
+
+
+def _inside(model: nn.Module, known: dict[str, Family]) -> str | None:
+    """A hint where a part of `model` is what the caller may have meant."""
+    for fqn, child in model.named_modules():
+        if fqn:
+            for family in known.values():
+                if first_failure(family, child) is None:
+                    return f"Its part {fqn!r} is of family {family.name}: pass that. "
+    return None

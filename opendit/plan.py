@@ -1,0 +1,129 @@
+"""From a model and a config to a plan, and from a plan to words. Nothing here changes a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from opendit import attention
+from opendit.config import BoosterConfig
+from opendit.kernels import backend as kernel_backend
+from opendit.kernels import spec
+from opendit.patch.core import Choices, Plan, fallbacks
+from opendit.patch.norms import plan_norms
+from opendit.patch.planner import Planner
+from opendit.patch.registry import resolve
+
+
+def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
+    """What `accelerate(model, cfg)` would do. Raises `ValueError` where it could do nothing."""
+    family = resolve(model)
+    choices = choose(cfg, model)
+    planner = Planner()
+    family.plan(model, planner)
+    if not planner.edits:
+        reasons = "; ".join(f"{kept.fqn}: {kept.why}" for kept in planner.kept[:6])
+        raise ValueError(
+            f"model: {type(model).__name__} looks like family {family.name}, but nothing in it can be accelerated: "
+            f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
+        )
+    plan_norms(planner, model, choices)
+    compiled: tuple[str, ...] = ()
+    if cfg.compile:
+        blocks = model.get_submodule(family.blocks)
+        compiled = tuple(
+            f"{family.blocks}.{name}" for name, block in blocks.named_children() if block._compiled_call_impl is None
+        )
+    return Plan(
+        family=family.name,
+        model=type(model).__name__,
+        edits=tuple(planner.edits),
+        kept=tuple(planner.kept),
+        choices=choices,
+        compiled=compiled,
+    )
+
+
+def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
+    """The backend of each kernel and of attention. `"auto"` stays `"auto"`: it is resolved call by call, by
+    device, so that the model may still be moved. What is named must be able to run where the model is now.
+    """
+    names = sorted(spec.discover())
+    device = _device(model)
+    requested = cfg.kernels if isinstance(cfg.kernels, Mapping) else dict.fromkeys(names, cfg.kernels)
+    for name, backend in requested.items():
+        if name not in names:
+            raise ValueError(f"kernels: got the kernel name {name!r}; allowed: {', '.join(names)}")
+        reason = kernel_backend.unavailable(backend, device, name) if backend != "auto" else None
+        if reason is not None:
+            raise ValueError(f"kernels: {name}={backend!r} can't run here: {reason}")
+    if cfg.attention not in attention.backend_names():
+        raise ValueError(f"attention: got {cfg.attention!r}; allowed: {', '.join(attention.backend_names())}")
+    if cfg.attention != "auto":
+        reason = attention.backend_unavailable(cfg.attention, device, None, None)
+        if reason is not None:
+            raise ValueError(f"attention: {cfg.attention!r} can't run here: {reason}")
+    return Choices(kernels=tuple((name, requested.get(name, "auto")) for name in names), attention=cfg.attention)
+
+
+def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
+    """`plan` in words: what changed and by what, what did not and why, what happened since."""
+    device = _device(model)
+    lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
+    lines.append("changed:" if applied else "would change:")
+    lines += _grouped((edit.fqn, edit.what) for edit in plan.edits)
+    lines.append("by:")
+    for name, backend in plan.choices.kernels:
+        lines.append(f"  kernel {name}: {_kernel_in_words(name, backend, device)}")
+    lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
+    if plan.compiled:
+        lines += _grouped((fqn, "compiled on its own by torch.compile") for fqn in plan.compiled)
+    lines.append("left as it was:")
+    lines += _grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
+    since = _grouped(fallbacks(model))
+    if since:
+        lines += ["upstream's own forward was used since, because:", *since]
+    return "\n".join([*lines, *plan.notes])
+
+
+def _kernel_in_words(name: str, backend: str, device: torch.device) -> str:
+    if backend != "auto":
+        return f"{backend} (asked for)"
+    reason = kernel_backend.unavailable("triton", device, name)
+    return "triton (auto)" if reason is None else f"reference (auto: {reason})"
+
+
+def _attention_in_words(backend: str) -> str:
+    return f"{backend} (asked for)" if backend != "auto" else "auto, chosen per call by device, dtype, head_dim, length"
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _grouped(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for all modules that differ in their numbers only: `blocks.{0-27}.attn (28)  text`."""
+    groups: dict[tuple[str, str], list[list[int]]] = {}
+    for fqn, text in rows:
+        numbers = [int(n) for n in re.findall(r"\d+", fqn)]
+        groups.setdefault((re.sub(r"\d+", "{}", fqn), text), []).append(numbers)
+    lines = []
+    for (pattern, text), rows_alike in groups.items():
+        columns = [_ranges(sorted(set(column))) for column in zip(*rows_alike, strict=True)]
+        count = f" ({len(rows_alike)})" if len(rows_alike) > 1 else ""
+        lines.append(f"  {pattern.format(*columns) or '(the model)'}{count}: {text}")
+    return lines
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"

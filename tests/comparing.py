@@ -1,0 +1,66 @@
+"""Runs a model forward and backward, and compares two runs tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from tests.tiny_models import Tiny, randomise
+
+Results = dict[str, torch.Tensor]
+
+
+def build(tiny: Tiny, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """A randomised model. Upstream's timestep embedder runs in fp32 only, so its sinusoid is cast by a hook."""
+    model = randomise(tiny.build()).to(device, dtype)
+    if hasattr(model, "t_embedder"):
+        model.t_embedder.mlp.register_forward_pre_hook(_cast_to_weights)
+    return model
+
+
+def _cast_to_weights(mlp: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].to(mlp[0].weight.dtype),)
+
+
+def run(model: nn.Module, tiny: Tiny, *, train: bool = True, autocast: torch.dtype | None = None) -> Results:
+    """The output, the gradient of the input, and the gradient of every parameter, by name."""
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    args, kwargs = tiny.inputs(parameter.dtype, parameter.device)
+    args[0].requires_grad_()
+    model.train(train)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        out = tiny.output(model(*args, **kwargs))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device, out.dtype)
+    (out * weights).sum().backward()
+    results = {"output": out.detach(), "input": args[0].grad}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            results[name] = p.grad
+    return {name: value.detach().double().cpu().clone() for name, value in results.items()}
+
+
+def relative_errors(actual: Results, expected: Results) -> dict[str, float]:
+    """‖a − e‖ / ‖e‖ per tensor. Fails where the two do not hold the same tensors, or there are none."""
+    assert actual.keys() == expected.keys()
+    assert len(expected) > 10
+    errors = {}
+    for name, e in expected.items():
+        assert actual[name].shape == e.shape, name
+        assert torch.isfinite(actual[name]).all(), name
+        assert e.norm() > 0, f"{name} is zero: the comparison would say nothing"
+        errors[name] = ((actual[name] - e).norm() / e.norm()).item()
+    return errors
+
+
+def worst(actual: Results, expected: Results) -> tuple[float, str]:
+    errors = relative_errors(actual, expected)
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+def twin(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)

@@ -1,0 +1,246 @@
+"""Every family, generically: the accelerated model computes what the model that came in computes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import opendit
+from opendit.patch.registry import families
+from tests.comparing import build, relative_errors, run, twin, worst
+from tests.tiny_models import TINY, Tiny
+
+each_model = pytest.mark.parametrize("tiny", TINY, ids=lambda t: t.name)
+first_of_each_family = pytest.mark.parametrize(
+    "tiny", list({t.family: t for t in reversed(TINY)}.values()), ids=lambda t: t.name
+)
+
+
+def accelerated(model: nn.Module, **cfg) -> nn.Module:
+    return opendit.accelerate(twin(model), cfg)
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(m) for m in model.modules()]
+
+
+def test_every_family_has_a_tiny_model():
+    assert {t.family for t in TINY} == set(families())
+
+
+@each_model
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_fp64_with_reference_kernels(tiny: Tiny, train: bool):
+    model = build(tiny, torch.float64)
+    expected = run(model, tiny, train=train)
+    actual = run(accelerated(model, kernels="reference", attention="reference"), tiny, train=train)
+    error, name = worst(actual, expected)
+    assert error <= 1e-10, name
+
+
+@each_model
+def test_fp32_with_interpreted_kernels(tiny: Tiny, interpreter):
+    model = build(tiny)
+    error, name = worst(run(accelerated(model, kernels="triton"), tiny), run(model, tiny))
+    assert error <= 1e-5, name
+
+
+@each_model
+def test_bf16_autocast_is_as_exact_as_the_models_own(tiny: Tiny):
+    model = build(tiny)
+    truth = run(twin(model).double(), tiny)
+    theirs = relative_errors(run(model, tiny, autocast=torch.bfloat16), truth)
+    ours = relative_errors(run(accelerated(model), tiny, autocast=torch.bfloat16), truth)
+    assert total(ours) <= 1.2 * total(theirs)
+
+
+@each_model
+def test_bf16_weights(tiny: Tiny):
+    model = build(tiny)
+    truth = run(twin(model).double(), tiny)
+    theirs = relative_errors(run(twin(model).bfloat16(), tiny), truth)
+    ours = relative_errors(run(accelerated(twin(model).bfloat16()), tiny), truth)
+    assert total(ours) <= 1.2 * total(theirs)
+
+
+def total(errors: dict[str, float]) -> float:
+    """Root mean square over all tensors: single gradients scatter, the whole does not."""
+    return (sum(e * e for e in errors.values()) / len(errors)) ** 0.5
+
+
+@each_model
+def test_plan_covers_every_block(tiny: Tiny):
+    model = opendit.accelerate(build(tiny))
+    plan = opendit.explain(model, file=io.StringIO())
+    assert plan.family == tiny.family
+    blocks = model.get_submodule(families()[tiny.family].blocks)
+    changed = {edit.fqn for edit in plan.edits}
+    for name, _ in blocks.named_children():
+        assert any(fqn.endswith(f"blocks.{name}") for fqn in changed)
+
+
+@each_model
+def test_restore_is_exact(tiny: Tiny):
+    model = build(tiny)
+    before_types, before_keys, before = types(model), list(model.state_dict()), run(model, tiny)
+    attributes = [set(m.__dict__) for m in model.modules()]
+    parameters = [id(p) for p in model.parameters()]
+    opendit.accelerate(model)
+    assert types(model) != before_types
+    assert list(model.state_dict()) == before_keys
+    assert [id(p) for p in model.parameters()] == parameters
+    run(model, tiny)
+    assert opendit.restore(model) is model
+    assert types(model) == before_types
+    assert list(model.state_dict()) == before_keys
+    assert [id(p) for p in model.parameters()] == parameters
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+    after = run(model, tiny)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@each_model
+def test_other_instances_are_untouched(tiny: Tiny):
+    model, other = build(tiny), build(tiny)
+    before_types, before = types(other), run(other, tiny)
+    opendit.accelerate(model)
+    assert types(other) == before_types
+    after = run(other, tiny)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(isinstance(m, was) for m, was in zip(model.modules(), before_types, strict=True))
+
+
+@each_model
+def test_deepcopy_is_accelerated_and_independent(tiny: Tiny):
+    model = opendit.accelerate(build(tiny))
+    expected = run(model, tiny)
+    ema = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    opendit.restore(model)
+    assert types(ema) != types(model)
+    assert relative_errors(run(ema, tiny), expected) == dict.fromkeys(expected, 0.0)
+
+
+@each_model
+def test_whole_model_through_torch_save(tiny: Tiny, tmp_path):
+    model = opendit.accelerate(strip_hooks(build(tiny)))
+    expected = run(model, tiny)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert types(loaded) == types(model)
+    assert relative_errors(run(loaded, tiny), expected) == dict.fromkeys(expected, 0.0)
+    opendit.restore(loaded)
+    assert types(pickle.loads(pickle.dumps(loaded))) == types(loaded)
+
+
+def strip_hooks(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    return model
+
+
+@each_model
+def test_state_dict_goes_both_ways(tiny: Tiny):
+    source, target = build(tiny), opendit.accelerate(tiny.build())
+    target.load_state_dict(source.state_dict())
+    with contextlib.suppress(AttributeError):
+        target.t_embedder.mlp.register_forward_pre_hook(
+            next(iter(source.t_embedder.mlp._forward_pre_hooks.values()))
+        )
+    error, name = worst(run(target, tiny), run(source, tiny))
+    assert error <= 1e-5, name
+    source.load_state_dict(target.state_dict())
+
+
+@each_model
+def test_gradient_checkpointing_of_the_blocks(tiny: Tiny):
+    model = build(tiny)
+    expected = run(accelerated(model), tiny)
+    checkpointed = accelerated(model)
+    if hasattr(checkpointed, "enable_gradient_checkpointing"):
+        checkpointed.enable_gradient_checkpointing()
+    else:
+        checkpointed.checkpointing = True
+    assert relative_errors(run(checkpointed, tiny), expected) == dict.fromkeys(expected, 0.0)
+
+
+@first_of_each_family
+def test_compile_after(tiny: Tiny):
+    model = build(tiny)
+    expected = run(model, tiny)
+    compiled = torch.compile(accelerated(model), fullgraph=True, backend="aot_eager")
+    error, name = worst(strip_prefix(run(compiled, tiny)), expected)
+    assert error <= 1e-5, name
+
+
+@first_of_each_family
+def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
+    model = build(tiny)
+    expected = run(model, tiny)
+    compiled = torch.compile(accelerated(model, kernels="triton"), fullgraph=True, backend="aot_eager")
+    error, name = worst(strip_prefix(run(compiled, tiny)), expected)
+    assert error <= 1e-5, name
+
+
+@first_of_each_family
+def test_compile_before(tiny: Tiny):
+    compiled = torch.compile(build(tiny), fullgraph=True, backend="aot_eager")
+    expected = run(compiled, tiny)
+    assert opendit.accelerate(compiled) is compiled
+    error, name = worst(run(compiled, tiny), expected)
+    assert error <= 1e-5, name
+    assert run_counts_kernels(compiled, tiny) > 0, "the compiled model still runs the old forward"
+    opendit.restore(compiled)
+    assert relative_errors(run(compiled, tiny), expected)
+
+
+def run_counts_kernels(model: nn.Module, tiny: Tiny) -> int:
+    """How many of the model's blocks have a forward of ours, as a compiled call would find them."""
+    from opendit.patch.core import Patched
+
+    return sum(isinstance(m, Patched) for m in model.modules())
+
+
+def strip_prefix(results):
+    return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
+
+
+@first_of_each_family
+def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
+    calls = []
+    original = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: (calls.append(self), original(self, backend="aot_eager"))[1]
+    )
+    model = build(tiny)
+    expected = run(model, tiny)
+    opendit.accelerate(model, {"compile": True})
+    blocks = list(model.get_submodule(families()[tiny.family].blocks))
+    assert calls == blocks
+    error, name = worst(run(model, tiny), expected)
+    assert error <= 1e-5, name
+    opendit.restore(model)
+    assert all("_compiled_call_impl" not in block.__dict__ for block in blocks)
+    after = run(model, tiny)
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+@each_model
+def test_fully_replaced_on_meta_then_materialised(tiny: Tiny):
+    with torch.device("meta"):
+        model = tiny.build()
+    opendit.accelerate(model)
+    source = build(tiny)
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    for name, buffer in source.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    error, name = worst(run(model, tiny), run(strip_hooks(source), tiny))
+    assert error <= 1e-5, name

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+from opendit import BoosterConfig
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BoosterConfig().kernels = "triton"
+
+
+def test_a_mapping_is_as_good():
+    assert BoosterConfig.of({"kernels": "reference"}) == BoosterConfig(kernels="reference")
+    assert BoosterConfig.of(None) == BoosterConfig()
+    cfg = BoosterConfig(attention="sdpa")
+    assert BoosterConfig.of(cfg) is cfg
+
+
+def test_keeps_its_own_copy_of_a_mapping():
+    kernels = {"layernorm": "reference"}
+    cfg = BoosterConfig(kernels=kernels)
+    kernels["layernorm"] = "nonsense"
+    assert cfg.kernels == {"layernorm": "reference"}
+
+
+@pytest.mark.parametrize("recipe", ["train", "sample"])
+def test_recipes(recipe):
+    assert isinstance(BoosterConfig.of(recipe), BoosterConfig)
+
+
+def test_optimizer_may_be_instance_or_factory():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    assert BoosterConfig(optimizer=optimizer).optimizer is optimizer
+    BoosterConfig(optimizer=partial(torch.optim.AdamW, lr=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        ({"kernel": "auto"}, ValueError, r"unknown key 'kernel'; allowed: kernels.*mean 'kernels'"),
+        ({"kernels": "cuda"}, ValueError, r"kernels: got 'cuda'; allowed: auto, triton, reference"),
+        ({"kernels": 3}, TypeError, r"kernels: got 3"),
+        ({"attention": None}, TypeError, r"attention: got None"),
+        ({"compile": "yes"}, TypeError, r"compile: got 'yes'; allowed: True or False"),
+        ({"precision": "bf61"}, ValueError, r"precision: got 'bf61'; allowed: 'inherit', 'bf16'"),
+        ({"precision": "bf16"}, NotImplementedError, r"precision='bf16'.*not implemented yet"),
+        ({"plugin": "zero2"}, NotImplementedError, r"plugin='zero2'"),
+        ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
+        ({"engine": "colossalai"}, NotImplementedError, r"engine='colossalai'"),
+        ({"sequence_parallel": "ulysses"}, NotImplementedError, r"sequence_parallel='ulysses'"),
+        ({"activation_checkpointing": True}, NotImplementedError, r"activation_checkpointing=True"),
+        ({"activation_checkpointing": 0}, ValueError, r"activation_checkpointing: got 0"),
+        ({"ema": 0.999}, ValueError, r"ema: got 0.999"),
+        ({"optimizer": "adam"}, TypeError, r"optimizer: got str; allowed: a torch.optim.Optimizer, or a factory"),
+        ("trian", ValueError, r"booster_cfg: got 'trian'; allowed recipes: train, sample.*'train'"),
+        (7, TypeError, r"booster_cfg: got int"),
+        (["train"], TypeError, r"booster_cfg: got list"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(source, error, says):
+    with pytest.raises(error, match=says):
+        BoosterConfig.of(source)

@@ -1,0 +1,116 @@
+"""Imports go downwards only, so that every file can be understood from what is below it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "opendit"
+
+# What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
+MAY_IMPORT = {
+    "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry"},
+    "opendit.api": {"opendit.config", "opendit.optim", "opendit.plan", "opendit.patch.core"},
+    "opendit.plan": {"opendit.attention", "opendit.config", "opendit.kernels", "opendit.patch"},
+    "opendit.optim": {"opendit.config"},
+    "opendit.config": set(),
+    "opendit.attention": set(),
+    "opendit.kernels": set(),
+    "opendit.patch": set(),
+    "opendit.patch.norms": {"opendit.kernels"},
+    "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
+}
+
+# What each part may import from outside the standard library, at the top of its files.
+OUTSIDE = {
+    "opendit": {"torch", "typing_extensions", "packaging"},
+    "opendit.kernels": {"torch", "triton"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def rule(name: str, rules: dict[str, set[str]]) -> tuple[str, set[str]]:
+    prefix = max((p for p in rules if name == p or name.startswith(p + ".")), key=len)
+    return prefix, rules[prefix]
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in tree.body:
+        if isinstance(node, (ast.If, ast.Try)):
+            top.update(id(inner) for inner in ast.walk(node))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_go_downwards(name, path):
+    prefix, allowed = rule(name, MAY_IMPORT)
+    _, outside = rule(name, OUTSIDE)
+    for imported, at_top in imports(path):
+        root = imported.split(".")[0]
+        if root == "opendit":
+            # A package's own __init__ has no special rights: "opendit" does not mean everything below it.
+            own = {prefix} if name != "opendit" else set()
+            assert any(imported == a or imported.startswith(a + ".") for a in allowed | own), (
+                f"{name} imports {imported}; allowed: {sorted(allowed | own)}"
+            )
+        elif root not in sys.stdlib_module_names and at_top:
+            assert root in outside, f"{name} imports {root} at its top; allowed: {sorted(outside)}"
+
+
+def test_every_module_opens_with_what_it_is_for():
+    for name, path in modules():
+        assert ast.get_docstring(ast.parse(path.read_text())), name
+
+
+def test_importing_is_light_and_touches_nothing():
+    code = (
+        "import sys, time, torch\n"
+        "before, state = set(sys.modules), torch.get_rng_state()\n"
+        "names = {m: dict(vars(m)) for m in (torch, torch.nn, torch.nn.functional, torch.Tensor, torch.nn.Module)}\n"
+        "start = time.perf_counter(); import opendit; took = time.perf_counter() - start\n"
+        "heavy = {'triton', 'timm', 'diffusers', 'transformers', 'einops', 'numpy', 'flash_attn', 'colossalai',"
+        " 'torch._dynamo', 'torch._inductor'}\n"
+        "new = {m for m in set(sys.modules) - before if m in heavy}\n"
+        "assert not new, new\n"
+        "assert all(dict(vars(m)) == was for m, was in names.items())\n"
+        "assert torch.equal(torch.get_rng_state(), state)\n"
+        "print(took)"
+    )
+    took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(took) < 0.5
+
+
+@pytest.mark.parametrize("missing", [("triton",), ("diffusers", "timm", "einops", "transformers", "numpy", "triton")])
+def test_works_with_torch_alone(missing):
+    code = (
+        f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+        "import torch, opendit\nfrom tests.tiny_models import UserDiT\n"
+        "model = opendit.accelerate(UserDiT())\n"
+        "x, t, y = torch.randn(2, 4, 6, 6), torch.tensor([1, 2]), torch.tensor([0, 1])\n"
+        "model(x, t, y).sum().backward()\n"
+        "opendit.explain(model); opendit.restore(model)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    assert "triton" in out.stdout

@@ -1,0 +1,288 @@
+"""Small models in the shapes that users bring: one builder per family, and the inputs to run it on.
+
+`UserDiT` stands for the classes of facebookresearch/DiT, SiT and fast-DiT, which live in users' own files,
+on top of timm's Attention and Mlp as they were (`timm="old"`) and as they are (`timm="new"`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class OldAttention(nn.Module):
+    """timm's Attention before fused kernels: softmax written out, no head_dim attribute."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        weights = self.attn_drop((q @ k.mT * self.scale).softmax(-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).reshape(B, N, C)))
+
+
+class NewAttention(OldAttention):
+    """timm's Attention of today, with its extensions."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        qk_norm: type[nn.Module] | None = None,
+        scale_norm: bool = False,
+        gated: bool = False,
+    ):
+        super().__init__(dim, num_heads, qkv_bias, attn_drop)
+        self.head_dim = dim // num_heads
+        self.attn_dim = dim
+        self.fused_attn = True
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, dim) if gated else None
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+        )
+        out = self.norm(out.transpose(1, 2).reshape(B, N, C))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.drop1 = nn.Dropout(0.0)
+        self.norm = nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop2 = nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float = 4.0, affine: bool = False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=affine, eps=1e-6)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=affine, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, patch: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Timesteps(nn.Module):
+    """Upstream's embedder: the sinusoid is fp32 whatever the weights are."""
+
+    def __init__(self, dim: int, frequency_embedding_size: int = 32):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+        angles = t[:, None].float() * frequencies[None].float()
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t):
+        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size))
+
+
+class Labels(nn.Module):
+    def __init__(self, classes: int, dim: int, dropout: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+        self.classes = classes
+        self.dropout = dropout
+
+    def forward(self, y, train):
+        if train:
+            y = torch.where(torch.rand(y.shape[0], device=y.device) < self.dropout, self.classes, y)
+        return self.embedding_table(y)
+
+
+class Patches(nn.Module):
+    def __init__(self, size: int, patch: int, channels: int, dim: int):
+        super().__init__()
+        self.patch_size = (patch, patch)
+        self.num_patches = (size // patch) ** 2
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class UserDiT(nn.Module):
+    def __init__(
+        self,
+        size: int = 6,
+        patch: int = 2,
+        channels: int = 4,
+        dim: int = 48,
+        depth: int = 2,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        classes: int = 5,
+        learn_sigma: bool = True,
+        drop_sigma: bool = False,
+        timm: str = "new",
+        affine: bool = False,
+        checkpointing: bool = False,
+        **attention: Any,
+    ):
+        super().__init__()
+        self.in_channels = channels
+        self.out_channels = 2 * channels if learn_sigma else channels
+        self.drop_sigma = drop_sigma
+        self.checkpointing = checkpointing
+        self.x_embedder = Patches(size, patch, channels, dim)
+        self.t_embedder = Timesteps(dim)
+        self.y_embedder = Labels(classes, dim, 0.1)
+        self.pos_embed = nn.Parameter(torch.randn(1, self.x_embedder.num_patches, dim) * 0.1, requires_grad=False)
+        kind = OldAttention if timm == "old" else NewAttention
+        self.blocks = nn.ModuleList(
+            Block(dim, kind(dim, heads, **attention), mlp_ratio, affine=affine) for _ in range(depth)
+        )
+        self.final_layer = Head(dim, patch, self.out_channels)
+
+    def unpatchify(self, x):
+        p, side = self.x_embedder.patch_size[0], int(x.shape[1] ** 0.5)
+        x = x.reshape(x.shape[0], side, side, p, p, self.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(x.shape[0], self.out_channels, side * p, side * p)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        for block in self.blocks:
+            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing else block(x, c)
+        x = self.unpatchify(self.final_layer(x, c))
+        return x.chunk(2, dim=1)[0] if self.drop_sigma else x
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided, rest = out[:, :3], out[:, 3:]
+        cond, uncond = guided.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small model of a family, and the arguments it is called with."""
+
+    name: str
+    family: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[torch.dtype, torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
+    output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
+    slow: bool = False
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter a value of the order of trained ones: no gate is zero, nothing is hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(fan_in, 1) ** 0.5)
+    return model
+
+
+def _dit_inputs(size: int = 6, batch: int = 3, channels: int = 4, classes: int = 5):
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(batch, channels, size, size, generator=generator).to(device, dtype)
+        t = torch.tensor([0, 17, 999][:batch], device=device)
+        y = torch.tensor([0, classes - 1, 2][:batch], device=device)
+        return (x, t, y), {}
+
+    return inputs
+
+
+def _diffusers_dit(**options: Any) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    config = dict(
+        num_attention_heads=3,
+        attention_head_dim=16,
+        num_layers=2,
+        sample_size=6,
+        num_embeds_ada_norm=5,
+        out_channels=8,
+        norm_num_groups=1,
+    )
+    return DiTTransformer2DModel(**{**config, **options})
+
+
+def _diffusers_inputs(dtype: torch.dtype, device: torch.device):
+    (x, t, y), _ = _dit_inputs()(dtype, device)
+    return (x,), {"timestep": t, "class_labels": y}
+
+
+def _sample(out: Any) -> torch.Tensor:
+    return out.sample
+
+
+TINY = [
+    Tiny("dit", "dit", lambda: UserDiT(), _dit_inputs()),
+    Tiny("dit-old-timm", "dit", lambda: UserDiT(timm="old"), _dit_inputs()),
+    Tiny("dit-qk-norm", "dit", lambda: UserDiT(qk_norm=nn.LayerNorm, affine=True), _dit_inputs()),
+    Tiny("sit-odd", "dit", lambda: UserDiT(dim=60, heads=3, depth=3, mlp_ratio=2.5, drop_sigma=True), _dit_inputs()),
+    Tiny("fast-dit-patch4", "dit", lambda: UserDiT(size=8, patch=4, checkpointing=True), _dit_inputs(8)),
+    Tiny("dit-patch8", "dit", lambda: UserDiT(size=24, patch=8, learn_sigma=False), _dit_inputs(24)),
+    Tiny("diffusers", "diffusers_dit", _diffusers_dit, _diffusers_inputs, _sample),
+    Tiny(
+        "diffusers-affine",
+        "diffusers_dit",
+        lambda: _diffusers_dit(norm_elementwise_affine=True, attention_bias=False, norm_eps=1e-3),
+        _diffusers_inputs,
+        _sample,
+    ),
+]
