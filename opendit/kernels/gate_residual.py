@@ -1,0 +1,271 @@
+"""residual = x + gate_b · y, for every token of sample b.
+
+x, y, residual [B, L, D]; gate [B, D]; B batch, L tokens, D hidden. With dr = d(residual), the backward is
+
+    dx = dr;  dy = gate · dr;  dgate = Σ_L dr · y        per sample
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opendit.kernels._checks import check_tokens, check_vectors, compute_dtype, has_double, promote
+from opendit.kernels._rows import (
+    Tile,
+    backward_tile,
+    dense_rows,
+    direct,
+    forward_tile,
+    load_rows,
+    load_vector,
+    programs,
+    register,
+    split,
+    store_rows,
+    store_sums,
+    sum_programs,
+    tl,
+    triton,
+)
+from opendit.kernels.backend import resolve
+from opendit.kernels.spec import KernelSpec
+
+
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """The specification: float32 inside (float64 if any input is), one downcast at the end."""
+    dtype = compute_dtype(x, y, gate)
+    out = torch.addcmul(x.to(dtype), gate.to(dtype).unsqueeze(1), y.to(dtype))
+    return out.to(promote(x, y, gate))
+
+
+@triton.jit
+def _gate_residual_fwd(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    residual_ptr,
+    x_stride_b,
+    x_stride_l,
+    y_stride_b,
+    y_stride_l,
+    gate_stride,
+    L,
+    P,
+    walk,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = (pid // P).to(tl.int64)  # the sample, not the program
+    first = (pid % P) * walk
+    last = tl.minimum(first + walk, L)
+    gate_h, gate_t = load_vector(gate_ptr + b * gate_stride, D, HEAD, TAIL)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        live = token < last
+        token = token.to(tl.int64)  # offsets pass 2**31 elements
+        x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
+        y_h, y_t = load_rows(y_ptr, b * y_stride_b + token * y_stride_l, live, D, HEAD, TAIL)
+        r_h, r_t = x_h + gate_h * y_h, x_t + gate_t * y_t
+        store_rows(residual_ptr, (b * L + token) * D, live, r_h, r_t, D, HEAD, TAIL)
+
+
+@triton.jit
+def _gate_residual_bwd(
+    dr_ptr,
+    y_ptr,
+    gate_ptr,
+    dy_ptr,
+    part_ptr,
+    dr_stride_b,
+    dr_stride_l,
+    y_stride_b,
+    y_stride_l,
+    gate_stride,
+    L,
+    P,
+    walk,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WANT_DY: tl.constexpr,
+    WANT_DGATE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = (pid // P).to(tl.int64)
+    first = (pid % P) * walk
+    last = tl.minimum(first + walk, L)
+    gate_h, gate_t = load_vector(gate_ptr + b * gate_stride, D, HEAD, TAIL)
+    dgate_h = tl.zeros([HEAD], tl.float32)
+    dgate_t = tl.zeros([TAIL], tl.float32)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        live = token < last
+        token = token.to(tl.int64)  # offsets pass 2**31 elements
+        dr_h, dr_t = load_rows(dr_ptr, b * dr_stride_b + token * dr_stride_l, live, D, HEAD, TAIL)
+        if WANT_DGATE:
+            y_h, y_t = load_rows(y_ptr, b * y_stride_b + token * y_stride_l, live, D, HEAD, TAIL)
+            dgate_h += tl.sum(dr_h * y_h, 0)
+            dgate_t += tl.sum(dr_t * y_t, 0)
+        if WANT_DY:
+            store_rows(dy_ptr, (b * L + token) * D, live, gate_h * dr_h, gate_t * dr_t, D, HEAD, TAIL)
+    if WANT_DGATE:
+        store_sums(part_ptr + pid.to(tl.int64) * D, dgate_h, dgate_t, D, HEAD, TAIL)
+
+
+def forward_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """The residual [B, L, D], unwritten."""
+    return x.new_empty(x.shape, dtype=promote(x, y, gate))
+
+
+def launch_forward(x: Tensor, y: Tensor, gate: Tensor, wrap: Any = direct, tile: Tile | None = None) -> Tensor:
+    """The residual, written."""
+    residual = forward_fake(x, y, gate)
+    if x.numel() == 0:
+        return residual
+    x, y, gate = dense_rows(x), dense_rows(y), dense_rows(gate)
+    B, L, D = x.shape
+    tile = tile or forward_tile(D)
+    P, walk = programs(B, L, tile)
+    HEAD, TAIL = split(D)
+    wrap(_gate_residual_fwd)[(B * P,)](
+        *(x, y, gate, residual),
+        *(x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), L, P, walk),
+        D=D,
+        HEAD=HEAD,
+        TAIL=TAIL,
+        ROWS=tile.rows,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
+    return residual
+
+
+def backward_fake(dr: Tensor, y: Tensor, gate: Tensor, want_dy: bool, want_dgate: bool) -> tuple[Tensor, Tensor]:
+    """The backward's outputs, unwritten: dy [B, L, D]; dgate [B, D]. What is not wanted is empty."""
+    return y.new_empty(y.shape if want_dy else (0,)), gate.new_empty(gate.shape if want_dgate else (0,))
+
+
+def launch_backward(
+    dr: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    want_dy: bool,
+    want_dgate: bool,
+    wrap: Any = direct,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``backward_fake``'s outputs, written."""
+    dy, dgate = backward_fake(dr, y, gate, want_dy, want_dgate)
+    if dr.numel() == 0:
+        return dy, dgate.zero_()
+    dr, y, gate = dense_rows(dr), dense_rows(y), dense_rows(gate)
+    B, L, D = dr.shape
+    tile = tile or backward_tile(D)
+    P, walk = programs(B, L, tile)
+    HEAD, TAIL = split(D)
+    partials = dr.new_empty((B, P, 1, D) if want_dgate else (0,), dtype=torch.float32)
+    wrap(_gate_residual_bwd)[(B * P,)](
+        *(dr, y, gate, dy, partials),
+        *(dr.stride(0), dr.stride(1), y.stride(0), y.stride(1), gate.stride(0), L, P, walk),
+        D=D,
+        HEAD=HEAD,
+        TAIL=TAIL,
+        ROWS=tile.rows,
+        STAGES=tile.stages,
+        WANT_DY=want_dy,
+        WANT_DGATE=want_dgate,
+        num_warps=tile.warps,
+    )
+    if want_dgate:
+        sum_programs(partials, dgate, wrap)
+    return dy, dgate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, gate = inputs
+    ctx.save_for_backward(y, gate)
+    ctx.x_dtype = x.dtype
+
+
+def _gradients(ctx: Any, dr: Tensor, launch: Any) -> tuple[Tensor | None, ...]:
+    y, gate = ctx.saved_tensors
+    want_dx, want_dy, want_dgate = ctx.needs_input_grad
+    dx = dr.to(ctx.x_dtype) if want_dx else None
+    if not (want_dy or want_dgate):
+        return dx, None, None
+    dy, dgate = launch(dr, y, gate, want_dy, want_dgate)
+    return dx, dy if want_dy else None, dgate if want_dgate else None
+
+
+class _GateResidual(torch.autograd.Function):
+    """The eager path. A registered operator costs several times more host time per call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        residual = launch_forward(*inputs)
+        _save(ctx, inputs, residual)
+        return residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dr: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dr, launch_backward)
+
+
+forward_op = register("gate_residual_forward", launch_forward, forward_fake)
+backward_op = register("gate_residual_backward", launch_backward, backward_fake)
+if forward_op is not None:
+    forward_op.register_autograd(lambda ctx, dr: _gradients(ctx, dr, backward_op), setup_context=_save)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """x + gate · y, each sample with its own row of gate.
+
+    Args:
+        x, y: [B, L, D], any floating dtypes. Outer strides may be anything; a last stride other than 1 costs a copy.
+        gate: [B, D], any floating dtype, read in place (a chunk of a [B, 6·D] tensor, or expanded).
+        backend: "auto", "triton" or "reference"; see ``opendit.kernels.backend``.
+
+    Returns:
+        [B, L, D], contiguous, in the dtype that the three promote to: a float32 x with bfloat16 y and gate stays
+        float32. Arithmetic is float32 (float64 for float64 inputs, which only the reference takes), with one rounding
+        at the end. Gradients have their input's dtype and shape and are bit-identical when repeated. Differentiable
+        once.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or the backend cannot run here.
+    """
+    name = "gate_residual"
+    check_tokens(name, "x", x)
+    check_tokens(name, "y", y, like=x)
+    B, _, D = x.shape
+    check_vectors(name, x, (B, D), gate=gate)
+    if resolve(backend, name, x.device, D, has_double(x, y, gate)) == "reference":
+        return gate_residual_reference(x, y, gate)
+    if torch.compiler.is_compiling():
+        return forward_op(x, y, gate)
+    return _GateResidual.apply(x, y, gate)
+
+
+def _upstream(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + gate.unsqueeze(1) * y
+
+
+SPEC = KernelSpec(
+    name="gate_residual",
+    fn=gate_residual,
+    reference=gate_residual_reference,
+    upstream=_upstream,
+    inputs={"x": "BLD", "y": "BLD", "gate": "BD"},
+    outputs=("residual",),
+    backward_moves=("d_residual", "y", "d_y"),
+)
