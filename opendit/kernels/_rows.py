@@ -35,10 +35,14 @@ else:
 
         constexpr = None
 
-        def jit(self, fn: Any) -> Any:
-            return fn
+        def jit(self, fn: Any = None, **_: Any) -> Any:
+            return fn or (lambda fn: fn)
 
     triton = tl = _NoTriton()
+
+
+UNSPECIALIZED = ["L", "P", "walk"]
+"""Kernel arguments whose value must not start another compilation: token counts vary, and nothing is gained."""
 
 
 def split(hidden: int) -> tuple[int, int]:
@@ -65,21 +69,21 @@ class Tile:
 
 def forward_tile(hidden: int) -> Tile:
     """The forward kernels' launch: nothing is kept between rows, so programs are short and many."""
-    return (
-        Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
-        if INTERPRETING
-        else Tile(1, 16, 1 << 20, warps(hidden), 1)
-    )
+    if INTERPRETING:  # its time goes into programs and loop turns, not into elements
+        return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
+    return Tile(rows=1, walk=8, most=1 << 20, warps=warps(hidden), stages=3)
 
 
 def backward_tile(hidden: int) -> Tile:
     """The backward kernels' launch: every program leaves partial sums behind, so programs are few and long."""
-    return Tile(rows=16, walk=64, most=1024, warps=4, stages=1) if INTERPRETING else Tile(1, 16, 1024, warps(hidden), 1)
+    if INTERPRETING:
+        return Tile(rows=16, walk=64, most=1024, warps=4, stages=1)
+    return Tile(rows=1, walk=16, most=1024, warps=warps(hidden), stages=3)
 
 
 def warps(hidden: int) -> int:
-    """Warps per program, so that a lane holds 8 to 16 of a row's elements."""
-    return min(max(1 << (hidden // 288 - 1).bit_length(), 1), 16)
+    """Warps per program: 1 up to a row of 1024, 2 up to 2048, and so on to 8, about 32 elements a lane."""
+    return min(1 << max((hidden - 1).bit_length() - 10, 0), 8)
 
 
 def programs(batch: int, length: int, tile: Tile) -> tuple[int, int]:
@@ -150,18 +154,18 @@ def row_mean(h, t, D: tl.constexpr):
 
 
 @triton.jit
-def normalize(h, t, eps, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def normalize(h, t, EPS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """(mean [ROWS], rstd [ROWS], normalized head, normalized tail): mean first, then variance about it."""
     mean = row_mean(h, t, D)
     h = h - mean[:, None]
     t = t - mean[:, None]
     if HEAD + TAIL != D:
         t = tl.where((HEAD + tl.arange(0, TAIL) < D)[None, :], t, 0.0)
-    rstd = tl.rsqrt(row_mean(h * h, t * t, D) + eps)
+    rstd = tl.rsqrt(row_mean(h * h, t * t, D) + EPS)
     return mean, rstd, h * rstd[:, None], t * rstd[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "width"])
 def _sum_programs(part_ptr, out_ptr, count, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """out[b, :] = sum over p of part[b, p, :], in the order of p."""
     b = tl.program_id(0).to(tl.int64)
@@ -178,8 +182,8 @@ def _sum_programs(part_ptr, out_ptr, count, width, CHUNK: tl.constexpr, BLOCK: t
 def sum_programs(partials: Tensor, sums: Tensor, wrap: Callable[[Any], Any]) -> None:
     """Write the sum over P of partials [B, P, K, D] float32 to sums [B, K, D]."""
     B, P, K, D = partials.shape
-    chunk = min(64, 1 << (P - 1).bit_length())
-    block = 2048 // chunk if INTERPRETING else max(32, 512 // chunk)
+    chunk = min(256, 1 << (P - 1).bit_length())
+    block = max(16, 2048 // chunk)
     wrap(_sum_programs)[(B, -(-K * D // block))](partials, sums, P, K * D, CHUNK=chunk, BLOCK=block, num_warps=4)
 
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from opendit.kernels._checks import check_tokens, check_vectors, compute_dtype, has_double, promote
 from opendit.kernels._rows import (
+    UNSPECIALIZED,
     Tile,
     backward_tile,
     dense_rows,
@@ -41,7 +42,7 @@ def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out.to(promote(x, y, gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gate_residual_fwd(
     x_ptr,
     y_ptr,
@@ -76,7 +77,7 @@ def _gate_residual_fwd(
         store_rows(residual_ptr, (b * L + token) * D, live, r_h, r_t, D, HEAD, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gate_residual_bwd(
     dr_ptr,
     y_ptr,

@@ -28,6 +28,7 @@ from opendit.kernels._checks import (
     promote,
 )
 from opendit.kernels._rows import (
+    UNSPECIALIZED,
     Tile,
     backward_tile,
     dense,
@@ -77,7 +78,7 @@ def gate_residual_layernorm_modulate_reference(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _fused_fwd(
     x_ptr,
     y_ptr,
@@ -100,12 +101,12 @@ def _fused_fwd(
     L,
     P,
     walk,
-    eps,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -136,13 +137,13 @@ def _fused_fwd(
         r_h = downcast(x_h + gate_h * y_h, dtype).to(tl.float32)
         r_t = downcast(x_t + gate_t * y_t, dtype).to(tl.float32)
         store_rows(residual_ptr, row * D, live, r_h, r_t, D, HEAD, TAIL)
-        mean, rstd, n_h, n_t = normalize(r_h, r_t, eps, D, HEAD, TAIL)
+        mean, rstd, n_h, n_t = normalize(r_h, r_t, EPS, D, HEAD, TAIL)
         tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
         store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _fused_bwd(
     dr_ptr,
     dm_ptr,
@@ -280,12 +281,13 @@ def launch_forward(
     wrap(_fused_fwd)[(B * P,)](
         *(x, y, gate, shift, scale, given(weight, x), given(bias, x), *outputs),
         *(x.stride(0), x.stride(1), y.stride(0), y.stride(1)),
-        *(gate.stride(0), shift.stride(0), scale.stride(0), L, P, walk, eps),
+        *(gate.stride(0), shift.stride(0), scale.stride(0), L, P, walk),
         D=D,
         HEAD=HEAD,
         TAIL=TAIL,
         ROWS=tile.rows,
         STAGES=tile.stages,
+        EPS=eps,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,

@@ -29,6 +29,7 @@ from opendit.kernels._checks import (
     promote,
 )
 from opendit.kernels._rows import (
+    UNSPECIALIZED,
     Tile,
     backward_tile,
     dense,
@@ -72,7 +73,7 @@ def layernorm_modulate_reference(
     return out.to(out_dtype or promote(x, shift, scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _layernorm_modulate_fwd(
     x_ptr,
     shift_ptr,
@@ -89,12 +90,12 @@ def _layernorm_modulate_fwd(
     L,
     P,
     walk,
-    eps,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    EPS: tl.constexpr,
     HAS_MODULATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -124,14 +125,14 @@ def _layernorm_modulate_fwd(
         live = token < last
         token = token.to(tl.int64)  # offsets pass 2**31 elements
         x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        mean, rstd, n_h, n_t = normalize(x_h, x_t, eps, D, HEAD, TAIL)
+        mean, rstd, n_h, n_t = normalize(x_h, x_t, EPS, D, HEAD, TAIL)
         row = b * L + token
         tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
         store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _layernorm_modulate_bwd(
     dout_ptr,
     x_ptr,
@@ -242,12 +243,13 @@ def launch_forward(
     HEAD, TAIL = split(D)
     wrap(_layernorm_modulate_fwd)[(B * P,)](
         *(x, given(shift, x), given(scale, x), given(weight, x), given(bias, x), out, mean, rstd),
-        *(x.stride(0), x.stride(1), row_stride(shift), row_stride(scale), L, P, walk, eps),
+        *(x.stride(0), x.stride(1), row_stride(shift), row_stride(scale), L, P, walk),
         D=D,
         HEAD=HEAD,
         TAIL=TAIL,
         ROWS=tile.rows,
         STAGES=tile.stages,
+        EPS=eps,
         HAS_MODULATION=scale is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
