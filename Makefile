@@ -1,31 +1,23 @@
-# Everything runs inside .venv; `make setup` makes it.
-PYTHON ?= python3
-BIN := .venv/bin
+# Shortcuts. Each target sets up .venv first where that is needed.
+.PHONY: demo test test-all test-gpu check format bench
 
-.PHONY: setup check format test test-all test-gpu bench
-
-setup:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[dev]'
-
-check:
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-
-format:
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+demo:
+	./run_demo.sh
 
 test:
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	./run_tests.sh
 
 test-all:
-	$(BIN)/python -m pytest -q -m "not gpu"
+	./run_tests.sh -m ""
 
 test-gpu:
-	$(BIN)/python -m pytest -q -m gpu
+	./run_tests.sh -m gpu
+
+check:
+	bash -c 'source tools/venv.sh dev && ruff format --check . && ruff check . && mypy'
+
+format:
+	bash -c 'source tools/venv.sh dev && ruff format . && ruff check --fix .'
 
 bench:
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/train_step.py
+	bash -c 'source tools/venv.sh dev && python benchmarks/kernels.py && python benchmarks/attention.py && python benchmarks/train_step.py'

@@ -60,8 +60,9 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         reason = kernel_backend.unavailable(backend, device, name) if backend != "auto" else None
         if reason is not None:
             raise ValueError(f"kernels: {name}={backend!r} can't run here: {reason}")
-    if cfg.attention not in attention.backend_names():
-        raise ValueError(f"attention: got {cfg.attention!r}; allowed: {', '.join(attention.backend_names())}")
+    known = ("auto", *attention.backend_names())
+    if cfg.attention not in known:
+        raise ValueError(f"attention: got {cfg.attention!r}; allowed: {', '.join(known)}")
     if cfg.attention != "auto":
         reason = attention.backend_unavailable(cfg.attention, device, None, None)
         if reason is not None:
@@ -92,6 +93,8 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
 def _kernel_in_words(name: str, backend: str, device: torch.device) -> str:
     if backend != "auto":
         return f"{backend} (asked for)"
+    if device.type != "cuda":
+        return f"reference (auto: the model is on {device.type}; on a GPU it would be triton)"
     reason = kernel_backend.unavailable("triton", device, name)
     return "triton (auto)" if reason is None else f"reference (auto: {reason})"
 

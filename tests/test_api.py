@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import opendit
 from opendit.patch import registry
 from opendit.patch.core import Patched
-from opendit.patch.registry import Family, Test
+from opendit.patch.registry import Family, Trait
 from tests.comparing import build, run, twin, worst
 from tests.tiny_models import TINY, UserDiT, randomise
 
@@ -67,7 +68,7 @@ def test_named_parts_of_the_kernels_mapping():
 
 @pytest.mark.parametrize("cls", [nn.Linear(3, 3), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))])
 def test_unknown_model(cls):
-    with pytest.raises(ValueError, match=r"no known family. Known: .*dit.*diffusers_dit.*Nearest.*register_family"):
+    with pytest.raises(ValueError, match=r"no known family. Known: diffusers_dit \(.*; dit \(.*Nearest.*register_family"):
         opendit.accelerate(cls)
 
 
@@ -136,7 +137,7 @@ def test_sp_size(sp_size, error):
     [
         ({"kernels": {"layernorm_modulat": "triton"}}, "kernel name 'layernorm_modulat'; allowed: gate_residual"),
         ({"kernels": {"gate_residual": "apex"}}, "gate_residual='apex' can't run here"),
-        ({"kernels": {"gate_residual": "cuda"}}, "gate_residual='cuda' can't run here"),
+        ({"kernels": {"gate_residual": "cuda"}}, "gate_residual: .*'cuda'.*'auto', 'triton', 'reference'"),
         ({"attention": "flash"}, "attention: got 'flash'; allowed: auto"),
         ({"attention": "flash-attn"}, "attention: 'flash-attn' can't run here.*(pip install|CUDA)"),
         ({"attention": "sdpa-cudnn"}, "attention: 'sdpa-cudnn' can't run here"),
@@ -181,7 +182,7 @@ def linear_family():
     family = Family(
         name="pair",
         describes="two linears",
-        tests=(Test("it is a Sequential of two", lambda m: isinstance(m, nn.Sequential) and len(m) == 2),),
+        traits=(Trait("it is a Sequential of two", lambda m: isinstance(m, nn.Sequential) and len(m) == 2),),
         plan=plan,
         blocks="",
     )
@@ -225,16 +226,15 @@ def test_a_failing_call_leaves_no_trace(monkeypatch):
 
 
 def test_training_goes_the_same_way():
-    model = build(DIT)
+    # In fp64 and with a large eps: Adam turns the rounding noise of gradients that are zero into whole steps.
+    model = build(DIT, torch.float64)
     reference = twin(model)
-    model, optimizer = opendit.accelerate(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
-    optimizers = [(model, optimizer), (reference, torch.optim.AdamW(reference.parameters(), lr=1e-3))]
+    adam = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
+    model, optimizer = opendit.accelerate(model, optimizer=adam)
+    optimizers = [(model, optimizer), (reference, adam(reference.parameters()))]
     for _ in range(5):
         for m, o in optimizers:
             run(m, DIT)
             o.step()
-    error, name = worst(
-        {k: v.double() for k, v in model.state_dict().items() if v.norm() > 0},
-        {k: v.double() for k, v in reference.state_dict().items() if v.norm() > 0},
-    )
-    assert error <= 1e-4, name
+    error, name = worst(dict(model.state_dict()), dict(reference.state_dict()))
+    assert error <= 1e-8, name

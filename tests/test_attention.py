@@ -536,8 +536,9 @@ def test_limits_on_cuda(name, capability, dtype, head_dim, reason, monkeypatch):
 # --- compilation and state ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [*ON_CPU, "auto"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "masked"), [*((name, False) for name in ON_CPU), ("sdpa-flash", True), ("auto", True)]
+)
 def test_compile_fullgraph(backend, masked):
     torch._dynamo.reset()
     compiled = torch.compile(partial(attend, backend=backend), fullgraph=True, backend="aot_eager")
@@ -635,7 +636,8 @@ def test_gpu_masks(backend, kind):
     try:
         attend(*tensors, backend=backend, mask=mask)
     except ValueError as refusal:  # refused is allowed, ignored is not
-        assert "kernel refuses" in str(refusal)
+        if "kernel refuses" not in str(refusal):
+            raise
         pytest.skip(str(refusal))
     check(partial(attend, backend=backend), *tensors, mask=mask)
 

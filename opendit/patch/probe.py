@@ -61,13 +61,13 @@ def disagreement(
         for training in (True, False):
             twin.train(training)
             try:
-                expected = _run(twin, inputs(dtype))
+                expected = _run(twin, inputs, dtype)
             except Exception as error:
                 return f"its own forward did not run on a small example ({type(error).__name__}: {error})"
             base = type(twin)
             twin.__class__ = patched_class(base, mixin, REFERENCE)
             try:
-                actual = _run(twin, inputs(dtype))
+                actual = _run(twin, inputs, dtype)
             except Exception as error:
                 return f"the fused forward does not run on it ({type(error).__name__}: {error})"
             finally:
@@ -123,8 +123,9 @@ def _blank(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
 
 
-def _run(module: nn.Module, args: tuple[Any, ...]) -> list[torch.Tensor | None]:
+def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor | None]:
     torch.manual_seed(1)
+    args = inputs(dtype)
     leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     output = module(*args)
     outputs = [output] if isinstance(output, torch.Tensor) else list(output)

@@ -19,7 +19,7 @@ from opendit.patch.planner import Planner
 
 
 @dataclass(frozen=True)
-class Test:
+class Trait:
     """One thing that is true of every model of a family: what it says, and how it is checked."""
 
     says: str
@@ -33,14 +33,14 @@ class Family:
     Attributes:
         name: short and unique.
         describes: one line for error messages and documentation.
-        tests: all must hold for a model to be of this family; ordered from coarse to fine.
+        traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList.
     """
 
     name: str
     describes: str
-    tests: tuple[Test, ...]
+    traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
     blocks: str
 
@@ -91,7 +91,7 @@ def resolve(model: nn.Module) -> Family:
 
     def passed(name: str) -> int:
         test = failed[name]
-        return known[name].tests.index(test) if test is not None else 0
+        return known[name].traits.index(test) if test is not None else 0
 
     nearest = max(known, key=passed)
     test = failed[nearest]
@@ -104,8 +104,8 @@ def resolve(model: nn.Module) -> Family:
     )
 
 
-def first_failure(family: Family, model: nn.Module) -> Test | None:
-    for test in family.tests:
+def first_failure(family: Family, model: nn.Module) -> Trait | None:
+    for test in family.traits:
         if not test.holds(model):
             return test
     return None

@@ -23,7 +23,7 @@ from opendit.kernels.layernorm_modulate import layernorm_modulate
 from opendit.patch.core import Patched, hooked, linear_dtype
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import StandIn
-from opendit.patch.registry import Family, Test
+from opendit.patch.registry import Family, Trait
 
 _MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
 _BLOCK = "diffusers.models.attention.BasicTransformerBlock"
@@ -199,9 +199,9 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
 FAMILY = Family(
     name="diffusers_dit",
     describes="diffusers' DiTTransformer2DModel; recognised by class",
-    tests=(
-        Test(f"it is a {_MODEL}", lambda m: any(_path(c) == _MODEL for c in type(m).__mro__)),
-        Test("it has transformer_blocks", lambda m: has(m, "transformer_blocks")),
+    traits=(
+        Trait(f"it is a {_MODEL}", lambda m: any(_path(c) == _MODEL for c in type(m).__mro__)),
+        Trait("it has transformer_blocks", lambda m: has(m, "transformer_blocks")),
     ),
     plan=plan,
     blocks="transformer_blocks",

@@ -22,7 +22,7 @@ from opendit.kernels.layernorm_modulate import layernorm_modulate
 from opendit.patch.core import Patched, hooked, linear_dtype
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
 from opendit.patch.probe import StandIn
-from opendit.patch.registry import Family, Test
+from opendit.patch.registry import Family, Trait
 
 _BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 _HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
@@ -207,24 +207,24 @@ def _plan_head(planner: Planner, head: Any) -> None:
 FAMILY = Family(
     name="dit",
     describes="facebookresearch/DiT, SiT, fast-DiT; recognised by structure",
-    tests=(
-        Test(
+    traits=(
+        Trait(
             "it has x_embedder, t_embedder, blocks and final_layer",
             lambda m: has(m, "x_embedder", "t_embedder", "blocks", "final_layer"),
         ),
-        Test(
+        Trait(
             "blocks is a ModuleList that is not empty",
             lambda m: isinstance(m.blocks, nn.ModuleList) and len(m.blocks) > 0,
         ),
-        Test(
+        Trait(
             "every block has norm1, attn, norm2, mlp and adaLN_modulation",
             lambda m: all(has(b, *_BLOCK_PARTS) for b in m.blocks),
         ),
-        Test(
+        Trait(
             "final_layer has norm_final, linear and adaLN_modulation",
             lambda m: has(m.final_layer, *_HEAD_PARTS),
         ),
-        Test("it has no temp_embed (that would be Latte)", lambda m: not hasattr(m, "temp_embed")),
+        Trait("it has no temp_embed (that would be Latte)", lambda m: not hasattr(m, "temp_embed")),
     ),
     plan=plan,
     blocks="blocks",

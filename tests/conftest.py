@@ -1,0 +1,33 @@
+"""Shared fixtures. Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Before any import of opendit's kernels: triton decides when a kernel is decorated.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Tiny tensors: waking a second thread costs a hundred times what it computes.
+    torch.set_num_threads(1)
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
