@@ -14,6 +14,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -27,7 +28,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """CUDA if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn; CUDA under the marker ``gpu``."""
+    return torch.device(request.param)

@@ -1,0 +1,158 @@
+"""What the benchmarks share: what they ran on, how they time, and the record they leave."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The GPU's short name in lower case, such as "h200", or "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().split()
+    return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as a result file names it."""
+    found: dict[str, Any] = {"cpu": platform.machine(), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpus": torch.cuda.device_count(),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = _output(query).splitlines()[:1]
+    return found
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of torch, CUDA, triton and the packages named, where installed."""
+    found = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    return found | {package: installed.get(package, "not installed") for package in ("triton", *packages)}
+
+
+def commit() -> str:
+    """The checked-out commit, with "+changes" where the measured code differs from it."""
+    head = _output(["git", "rev-parse", "HEAD"])
+    changed = _output(["git", "status", "--porcelain", "--", "opendit", "benchmarks/*.py"])
+    return (head or "unknown") + ("+changes" if changed else "")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and count of the samples."""
+    ordered = sorted(samples)
+    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    return {"median": quartiles[1], "q1": quartiles[0], "q3": quartiles[2], "samples": len(ordered)}
+
+
+def time_graph(
+    calls: Sequence[Callable[[], Any]], repeats: int = 20, stream: torch.cuda.Stream | None = None
+) -> list[float]:
+    """Milliseconds of one call, ``repeats`` samples: all calls captured in one CUDA graph, whose replays are timed.
+
+    A graph leaves out the host's work, which a long queue hides in training and which would drown a short kernel. The
+    calls should use different tensors, so that the cache does not serve one call with the last one's data; what they
+    return is kept, for the same reason. ``stream``: the side stream to capture on, which for a backward must be the one
+    its forward ran on. Without CUDA the calls are timed by the clock.
+    """
+    if not torch.cuda.is_available():
+        return [_clock(calls) for _ in range(min(repeats, 3))]
+    stream = stream or torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        kept += [call() for call in calls]
+    samples = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / len(calls))
+    return samples[2:]
+
+
+def _clock(calls: Sequence[Callable[[], Any]]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) * 1e3 / len(calls)
+
+
+def time_events(call: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> list[float]:
+    """Milliseconds of ``call`` between two device events, host work included where the device waits for it."""
+    for _ in range(warmup):
+        call()
+    if not torch.cuda.is_available():
+        return [_clock([call]) for _ in range(repeats)]
+    samples = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return samples
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large device-to-device copy: what a kernel can hope for."""
+    source = torch.randn(1 << (30 if torch.cuda.is_available() else 20), device=_device()).bfloat16()
+    target = torch.empty_like(source)
+    ms = statistics.median(time_graph([lambda: target.copy_(source)] * 4))
+    return 2 * source.nbytes / ms * 1e3
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_results(theme: str, results: Any, folder: Path = RESULTS, **facts: Any) -> Path:
+    """Write ``<theme>_<gpu>_<date>.json``: the results, and all that is needed to judge and repeat them."""
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    record = {
+        "theme": theme,
+        "date": date,
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "hardware": hardware(),
+        "versions": versions(),
+        **facts,
+        "results": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{theme}_{device_name()}_{date}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
