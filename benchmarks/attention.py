@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py                    # every fused backend that runs here, the table's cells
     python benchmarks/attention.py --backends sdpa-cudnn flash-attn-4 --head-dims 72
-    python benchmarks/attention.py --smoke            # one tiny cell on the CPU, seconds: does the script work
+    python benchmarks/attention.py --smoke            # one tiny cell, on the CPU too: does the script work
 
 q, k, v are strided views of a packed [B, L, 3, H, K], as DiT makes them, bf16, 16 heads. Before a backend is timed
 its output and gradients are compared with the formula in fp64; one that fails is reported, not timed, and the exit
@@ -11,28 +11,25 @@ The table behind ``backend="auto"`` (opendit/attention/choice.py) is written fro
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import time_events, versions, write_results
 from opendit.attention import attend, backend_names, backend_unavailable, choose
 
-RESULTS = Path(__file__).parent / "results"
 CELLS = ((256, 256), (64, 1024), (4, 4096), (1, 16384))  # (B, L)
 HEAD_DIMS = (64, 72, 128)
 HEADS = 16
-PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+PACKAGES = ("flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+INNER = 5  # calls a sample
 # The unfused ones hold the [L, L] scores: at 16384 tokens that is 17 GB a copy.
 UNFUSED = ("sdpa-math", "reference")
 TOLERANCE = 2e-2  # relative, a few bf16 roundings; a wrong formula is off by 0.1 and more
@@ -40,9 +37,9 @@ TOLERANCE = 2e-2  # relative, a few bf16 roundings; a wrong formula is off by 0.
 
 def main() -> int:
     args = parse()
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.smoke:
-        sys.exit("no CUDA device; --smoke runs one tiny cell on the CPU")
+        sys.exit("no CUDA device; --smoke runs one tiny cell without one")
     cells, head_dims = (((2, 64),), (24,)) if args.smoke else (CELLS, args.head_dims)
     unfused = ("reference",) if args.smoke else ()
     names = args.backends or [n for n in backend_names() if n not in UNFUSED or n in unfused]
@@ -64,7 +61,8 @@ def main() -> int:
             results += row
             print_cell(row)
     if not args.smoke:
-        print(f"\nwritten to {write(results)}")
+        cudnn = torch.backends.cudnn.version()
+        print(f"\nwritten to {write_results('attention', results, versions=versions(*PACKAGES), cudnn=cudnn)}")
     return int(failed)
 
 
@@ -72,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", choices=backend_names(), metavar="NAME", help="default: fused ones")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="K")
-    parser.add_argument("--smoke", action="store_true", help="one tiny cell on the CPU, nothing written")
+    parser.add_argument("--smoke", action="store_true", help="one tiny cell, on the CPU too; nothing is written")
     return parser.parse_args()
 
 
@@ -119,7 +117,7 @@ def measure_cell(
 
         entry: dict[str, Any] = {"batch": batch, "length": length, "head_dim": head_dim, "backend": name}
         try:
-            forward_ms, both_ms = median_ms(forward, device), median_ms(both, device)
+            forward_ms, both_ms = median_ms(forward), median_ms(both)
         except torch.OutOfMemoryError:
             row.append(entry | {"left_out": "out of memory"})
             continue
@@ -164,58 +162,14 @@ def print_cell(row: list[dict[str, Any]]) -> None:
         )
 
 
-def median_ms(function: Callable[[], None], device: torch.device, budget_s: float = 0.5) -> float:
-    """The median of 10 to 100 timed calls after warm-up, as many as fit the budget."""
-    for _ in range(3):  # JIT compilation, cuDNN plans, allocator
-        function()
-    first = timed_ms(function, device)
-    calls = max(10, min(100, int(budget_s * 1e3 / max(first, 1e-3))))
-    return statistics.median(timed_ms(function, device) for _ in range(calls))
+def median_ms(function: Callable[[], None]) -> float:
+    """The median over 20 samples of INNER calls each, so that launches queue up and hide the host's time."""
 
+    def several() -> None:
+        for _ in range(INNER):
+            function()
 
-def timed_ms(function: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # A millisecond of idle device work first, so that launches queue up and the host's time is not measured.
-    torch.cuda._sleep(2_000_000)
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def write(results: list[dict[str, Any]]) -> Path:
-    gpu = torch.cuda.get_device_name()
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    environment = {
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "packages": {package: installed(package) for package in PACKAGES},
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join(["python", *sys.argv]),
-        "date": today,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"attention_{gpu.replace(' ', '-').lower()}_{today}.json"
-    path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
-    return path
+    return statistics.median(time_events(several)) / INNER
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from opendit.attention.backends import FLOATS, backend_unavailable, capability_o
 
 _log = logging.getLogger("opendit")
 
-# Measured on one H200 with torch 2.11.0+cu130, cuDNN 9.19, flash-attn-4 4.0.0b36: bf16, 16 heads, lengths 256, 1024,
-# 4096, 16384, by benchmarks/attention.py. torch's flash kernel lost every cell to cuDNN. FA4 was measured at
-# head_dim 72 only, which cuDNN pads to 128: with the backward FA4 wins from 1024 tokens on; the forward alone wins at
-# 16384 and loses at 4096.
+# Measured on one H200 with torch 2.11.0+cu130, cuDNN 9.19, flash-attn-4 4.0.0b36, bf16, 16 heads. head_dim 72 at
+# lengths 256, 1024, 4096 and 16384: cuDNN, which pads 72 to 128, loses to FA4 with the backward from 1024 tokens on,
+# forward alone at 16384 and not yet at 4096. head_dim 64 and 128 at lengths 256 and 16384, without FA4. torch's flash
+# kernel lost every cell to cuDNN. benchmarks/attention.py measures all of it again.
 # {head_dim: {backward needed: ((from this length on, backend), ...)}}; the first row that fits and can run is taken.
 _Rows = tuple[tuple[int, str], ...]
 _CUDNN: _Rows = ((0, "sdpa-cudnn"),)
