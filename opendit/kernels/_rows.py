@@ -67,18 +67,24 @@ class Tile:
     stages: int
 
 
-def forward_tile(hidden: int) -> Tile:
-    """The forward kernels' launch: nothing is kept between rows, so programs are short and many."""
+def forward_tile(*streams: Tensor) -> Tile:
+    """The forward kernels' launch for the [B, L, D] tensors that they read.
+
+    Nothing is kept between rows, so programs are short and many.
+    """
     if INTERPRETING:  # its time goes into programs and loop turns, not into elements
         return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
-    return Tile(rows=1, walk=8, most=1 << 20, warps=warps(hidden), stages=3)
+    return Tile(rows=1, walk=4, most=1 << 20, warps=warps(streams[0].shape[-1]), stages=stages(streams))
 
 
-def backward_tile(hidden: int) -> Tile:
-    """The backward kernels' launch: every program leaves partial sums behind, so programs are few and long."""
+def backward_tile(*streams: Tensor) -> Tile:
+    """The backward kernels' launch for the [B, L, D] tensors that they read.
+
+    Every program leaves partial sums behind, so programs are few and long: about four for each multiprocessor.
+    """
     if INTERPRETING:
-        return Tile(rows=16, walk=64, most=1024, warps=4, stages=1)
-    return Tile(rows=1, walk=16, most=1024, warps=warps(hidden), stages=3)
+        return Tile(rows=16, walk=64, most=512, warps=4, stages=1)
+    return Tile(rows=1, walk=16, most=512, warps=warps(streams[0].shape[-1]), stages=stages(streams))
 
 
 def warps(hidden: int) -> int:
@@ -86,9 +92,15 @@ def warps(hidden: int) -> int:
     return min(1 << max((hidden - 1).bit_length() - 10, 0), 8)
 
 
+def stages(streams: tuple[Tensor, ...]) -> int:
+    """How deep to prefetch: 3, or what 96 KiB of shared memory hold, which every GPU since Ampere has."""
+    row = sum(t.element_size() for t in streams) * streams[0].shape[-1]
+    return 1 + min(2, 96 * 1024 // row)
+
+
 def programs(batch: int, length: int, tile: Tile) -> tuple[int, int]:
     """(P, rows each walks): how each sample of ``length`` rows is cut."""
-    wanted = min(-(-length // tile.walk), max(tile.most // batch, 1))
+    wanted = min(-(-length // tile.walk), -(-tile.most // batch))
     walk = -(-length // wanted)
     return -(-length // walk), walk
 

@@ -134,7 +134,7 @@ def launch_forward(x: Tensor, y: Tensor, gate: Tensor, wrap: Any = direct, tile:
         return residual
     x, y, gate = dense_rows(x), dense_rows(y), dense_rows(gate)
     B, L, D = x.shape
-    tile = tile or forward_tile(D)
+    tile = tile or forward_tile(x, y)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_gate_residual_fwd)[(B * P,)](
@@ -170,7 +170,7 @@ def launch_backward(
         return dy, dgate.zero_()
     dr, y, gate = dense_rows(dr), dense_rows(y), dense_rows(gate)
     B, L, D = dr.shape
-    tile = tile or backward_tile(D)
+    tile = tile or backward_tile(dr, y)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     partials = dr.new_empty((B, P, 1, D) if want_dgate else (0,), dtype=torch.float32)

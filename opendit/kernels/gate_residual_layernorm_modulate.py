@@ -275,7 +275,7 @@ def launch_forward(
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
     weight, bias = dense(weight), dense(bias)
     B, L, D = x.shape
-    tile = tile or forward_tile(D)
+    tile = tile or forward_tile(x, y)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_fused_fwd)[(B * P,)](
@@ -346,7 +346,7 @@ def launch_backward(
     dr, weight = dense(dr), dense(weight)
     at_dr = dm if dr is None else dr
     B, L, D = residual.shape
-    tile = tile or backward_tile(D)
+    tile = tile or backward_tile(at_dr, dm, residual, y)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     K = sums.shape[1]

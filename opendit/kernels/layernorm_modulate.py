@@ -238,7 +238,7 @@ def launch_forward(
     x = dense_rows(x)
     shift, scale, weight, bias = map(dense, (shift, scale, weight, bias))
     B, L, D = x.shape
-    tile = tile or forward_tile(D)
+    tile = tile or forward_tile(x)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_layernorm_modulate_fwd)[(B * P,)](
@@ -297,7 +297,7 @@ def launch_backward(
     dout, x = dense_rows(dout), dense_rows(x)
     scale, weight = map(dense, (scale, weight))
     B, L, D = x.shape
-    tile = tile or backward_tile(D)
+    tile = tile or backward_tile(dout, x)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     partials = x.new_empty((B, P, 2, D) if want_sums else (0,), dtype=torch.float32)

@@ -11,8 +11,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(allocate):
         def allocate_nan(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if tensor.is_floating_point() and not torch.compiler.is_compiling():
-                tensor.fill_(float("nan"))
+            if type(tensor) is torch.Tensor and tensor.is_floating_point():  # what a compiler traces is not memory
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
             return tensor
 
         return allocate_nan
