@@ -1,0 +1,86 @@
+"""What a run leaves behind: generated images in a grid and their verdict, the loss curve, the closing lines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from examples.common import autocast
+from examples.diffusion import SAMPLERS, sample
+from examples.image.judge import judge_digits
+from examples.image.speed import format_table
+from examples.models.dit import DiT
+
+matplotlib.use("Agg")  # no display needed; it has to come before pyplot
+import matplotlib.pyplot as plt
+
+
+def save_grid(path: Path, images: Tensor, columns: int, min_side: int = 48) -> None:
+    """`images` [N, C, I, I] in [−1, 1], row by row; small ones are enlarged smoothly to at least `min_side` pixels."""
+    images = images.detach().float().cpu()
+    scale = max(1, -(-min_side // images.shape[-1]))
+    if scale > 1:
+        images = F.interpolate(images, scale_factor=scale, mode="bicubic")
+    images = F.pad(((images.clamp(-1, 1) + 1) * 127.5).round(), (0, 2, 0, 2), value=96)
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
+    rows[-1] = F.pad(rows[-1], (0, rows[0].shape[2] - rows[-1].shape[2]), value=96)
+    grid = torch.cat(rows, dim=1).byte().permute(1, 2, 0)
+    Image.fromarray(grid.contiguous().numpy()).save(path)
+
+
+def save_loss_curve(path: Path, losses: list[float]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.4, label="each step")
+    window = max(1, len(losses) // 50)
+    smooth = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
+    axes.plot(range(window, len(losses) + 1), smooth, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def sample_and_judge(
+    args: argparse.Namespace, config: dict[str, Any], state: dict[str, Tensor], path: Path, device: torch.device
+) -> dict[str, float]:
+    """A grid with one row per class (the first ten) from the averaged weights; digits are also classified."""
+    model = DiT(**config)
+    model.load_state_dict(state)
+    model = model.to(device).eval()
+    digits = args.data == "digits"
+    rows, per_class = min(10, config["num_classes"]), 20 if digits else 8
+    labels = torch.arange(rows, device=device).repeat_interleave(per_class)
+    sampler = SAMPLERS[args.objective][0]
+    with autocast(device, args.precision):
+        images = sample(
+            model, labels, sampler=sampler, steps=args.sample_steps, cfg_scale=args.cfg_scale, seed=args.seed
+        )
+    columns = min(10, per_class)
+    shown = images.view(rows, per_class, *images.shape[1:])[:, :columns].flatten(0, 1)
+    save_grid(path, shown, columns)
+    return judge_digits(images, labels) if digits else {}
+
+
+def print_summary(metrics: dict[str, Any], folder: Path) -> None:
+    args = metrics["arguments"]
+    print(f"loss {metrics['loss_first_20']:.4f} → {metrics['loss_last_20']:.4f} in {metrics['seconds']:.0f} s")
+    if unreadable := metrics["unreadable_files"]:
+        print(f"{len(unreadable)} files could not be read and were skipped; metrics.json names them")
+    if "requested_class_share" in metrics:
+        print(
+            f"{metrics['requested_class_share']:.1%} of the generated digits are what they were asked to be, says a "
+            f"classifier that is right on {metrics['classifier_held_out_accuracy']:.1%} of held-out real ones"
+        )
+    if "speed" in metrics:
+        batch = f"batch {args['batch_size']} × {metrics['processes']}"
+        print(f"\nTraining step on {metrics['device']}, {batch}, {args['precision']}:")
+        print(format_table(metrics["speed"], args["compare_steps"]))
+    print(f"\nwrote {folder}/: samples.png, loss.png, model.safetensors, config.json, metrics.json")

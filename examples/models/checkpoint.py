@@ -1,0 +1,90 @@
+"""Reads and writes DiT checkpoints: our folder (model.safetensors + config.json) and the published `.pt` files.
+
+Nothing here unpickles objects: `.pt` files are read with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from examples.models.convert import count_blocks
+from examples.models.dit import DIT_MODELS, DiT
+
+
+def save_checkpoint(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """`config["model"]` holds DiT's constructor arguments. A crash while writing leaves the previous files whole."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / "model.tmp")
+    (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / "config.tmp", folder / "config.json")
+    os.replace(folder / "model.tmp", folder / "model.safetensors")
+
+
+def load_checkpoint(path: Path) -> tuple[DiT, dict[str, Any]]:
+    """The model (on the CPU, in eval mode) and its config; `path` is a folder, a .safetensors or a .pt file."""
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    state, config = _read_published(path) if path.suffix in (".pt", ".pth") else _read_ours(path)
+    try:
+        model = DiT(**config["model"])
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} does not fit a DiT: {error}") from error
+    return model.eval(), config
+
+
+def _read_ours(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is not a safetensors file: {error}") from error
+    beside = path.with_name("config.json")
+    try:
+        return state, json.loads(beside.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path} has no config.json beside it") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{beside} is not JSON: {error}") from error
+
+
+def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """DiT-XL-2-256x256.pt is a flat state dict; a training run's file holds "model", "ema", "opt" and "args"."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            blob = torch.load(path, map_location="cpu", weights_only=True)
+        state = blob.get("ema", blob.get("model", blob))
+        config = {"model": infer_arguments(state), "objective": "gaussian", "pixels": False}
+    except Exception as error:  # torch.load raises many kinds, each meaning that this is no such file
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"checkpoint {path} does not hold a DiT's tensors: {first_line}") from error
+    return state, config
+
+
+def infer_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
+    """DiT's constructor arguments, from the shapes of a published state dict."""
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    heads = {size["hidden_size"]: size["num_heads"] for size in DIT_MODELS.values()}
+    if hidden_size not in heads:
+        raise ValueError(f"no known DiT has hidden size {hidden_size}, and its head count is not in the file")
+    tokens = state["pos_embed"].shape[1]
+    return {
+        "input_size": round(tokens**0.5) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": count_blocks(state),
+        "num_heads": heads[hidden_size],
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row is "no label"
+        "learn_sigma": state["final_layer.linear.bias"].shape[0] == 2 * in_channels * patch_size**2,
+    }

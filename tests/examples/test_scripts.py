@@ -1,0 +1,285 @@
+"""train.py and sample.py as a user runs them: small jobs end to end, and mistakes that cost one line."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from examples.models.checkpoint import infer_arguments, load_checkpoint
+from examples.models.dit import DIT_MODELS, DiT
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--depth", "1", "--hidden-size", "32", "--num-heads", "2", "--batch-size", "8", "--device", "cpu"]
+QUICK = [*TINY, "--steps", "3", "--compare-steps", "0", "--sample-steps", "2"]
+
+
+def run(script: str, *arguments, launcher=(sys.executable,), **options) -> subprocess.CompletedProcess:
+    """In a process of its own, as from the shell."""
+    command = [*launcher, str(ROOT / "examples/image" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The same without the seconds that a new process spends on imports."""
+
+    def call_main(script: str, *arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(f"examples.image.{script.removesuffix('.py')}").main()
+
+    return call_main
+
+
+def make_folder(root: Path, per_class: int = 6) -> Path:
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = run("train.py", *QUICK, "--outputs", outputs, cwd=outputs)  # not from the repository: that must work too
+    assert done.returncode == 0, done.stderr
+    return outputs / "digits-flow"
+
+
+def test_train_leaves_what_it_says(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "samples.png",
+        "loss.png",
+        "model.safetensors",
+        "config.json",
+        "metrics.json",
+    }
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["loss_last_20"] > 0
+    assert 0 <= metrics["requested_class_share"] <= 1
+    assert metrics["classifier_held_out_accuracy"] > 0.95
+    assert metrics["unreadable_files"] == []
+    assert Image.open(trained / "samples.png").size[0] > 400
+
+
+def test_checkpoint_rebuilds_the_model(trained):
+    model, config = load_checkpoint(trained)
+    saved = load_file(trained / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert config["objective"] == "flow"
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_sample_draws_the_asked_classes_the_same_for_a_seed(trained, tmp_path, call):
+    images = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        out = tmp_path / "new" / f"{name}.png"
+        options = ["--classes", 4, 2, "--per-class", 3, "--steps", 2, "--seed", seed, "--device", "cpu", "--out", out]
+        call("sample.py", "--checkpoint", trained, "--sampler", "euler", *options)
+        images.append(np.asarray(Image.open(out)))
+    assert images[0].shape == (100, 150, 3)
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+
+
+def test_gaussian_on_a_folder_with_a_broken_file(tmp_path, call, capfd):
+    folder = make_folder(tmp_path / "pets")
+    (folder / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xffno image")
+    Image.new("RGB", (20, 20)).save(folder / "dog" / "cut.png")
+    whole = (folder / "dog" / "0.png").read_bytes()
+    (folder / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    options = ["--data", folder, "--image-size", 8, "--objective", "gaussian", "--num-classes", 3, "--workers", 1]
+    call("train.py", *QUICK, "--no-accelerate", *options, "--outputs", tmp_path)
+    metrics = json.loads((tmp_path / "pets-gaussian/metrics.json").read_text())
+    assert [Path(name).name for name in metrics["unreadable_files"]] == ["broken.jpg", "cut.png"]
+    written = capfd.readouterr()  # the loader's worker writes to the same stream
+    assert written.err.count("skipping") == 2
+    assert "2 files could not be read" in written.out
+    model, _ = load_checkpoint(tmp_path / "pets-gaussian")
+    assert (model.learn_sigma, model.num_classes, model.in_channels) == (True, 3, 3)
+    call("sample.py", "--checkpoint", tmp_path / "pets-gaussian", "--sampler", "ddpm", "--steps", 2,
+         "--device", "cpu", "--out", tmp_path / "s.png")  # fmt: skip
+    assert Image.open(tmp_path / "s.png").size == (10 * 50, 3 * 50)
+
+
+def test_speed_table_compares_three_variants(tmp_path):
+    from examples.common import Process
+    from examples.image.speed import compare, format_table
+
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def build_other():
+        model, optimizer = build()
+        torch.nn.init.zeros_(model.weight)
+        return model, optimizer
+
+    def build_broken():
+        raise RuntimeError("no compiler\nsecond line")
+
+    def step(model, optimizer, batch):
+        loss = (model(batch[0] + torch.randn(8, 4)) - batch[1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    rows = compare(
+        {"plain": build, "same": build, "other": build_other, "broken": build_broken},
+        step,
+        [(torch.randn(8, 4), torch.randn(8, 1))],
+        loss_steps=4,
+        process=Process(0, 1, torch.device("cpu")),
+        images_per_step=8,
+    )
+    plain, same, other, broken = rows
+    assert "max_loss_difference" not in plain
+    assert same["max_loss_difference"] == 0
+    assert other["max_loss_difference"] > 0
+    assert broken["error"] == "RuntimeError: no compiler"
+    assert all(row["ms_per_step"] > 0 and row["images_per_s"] > 0 for row in (plain, same, other))
+    assert "did not run: RuntimeError: no compiler" in format_table(rows, 4)
+
+
+def test_opendit_trains_to_the_same_weights(tmp_path, call):
+    enough = ["--steps", 12, "--warmup", 1, "--lr", 1e-2]  # for the blocks to have left their zero start
+    for name, flags in (("plain", ["--no-accelerate"]), ("opendit", [])):
+        call("train.py", *QUICK, *enough, *flags, "--outputs", tmp_path, "--name", name)
+    plain, fast = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "opendit"))
+    assert plain["blocks.0.adaLN_modulation.1.weight"].abs().max() > 1e-3
+    for state in (plain, fast):
+        # Softmax does not see a key bias: its gradient is rounding noise, which Adam blows up to full steps.
+        state["blocks.0.attn.qkv.bias"][32:64] = 0
+    for key, tensor in plain.items():
+        torch.testing.assert_close(fast[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run("train.py", *QUICK, "--outputs", tmp_path, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "digits-flow/metrics.json").read_text())
+    assert metrics["processes"] == 2
+
+
+@pytest.mark.parametrize("layout", ["flat", "training"])
+def test_published_files_load_as_they_are(tmp_path, call, layout):
+    torch.manual_seed(0)
+    arguments = {**DIT_MODELS["DiT-S/4"], "depth": 2, "input_size": 16, "num_classes": 7}
+    state = DiT(**arguments).state_dict()
+    ema = {name: tensor + 1 for name, tensor in state.items()}
+    blob = state if layout == "flat" else {"model": state, "ema": ema, "args": argparse.Namespace(model="DiT-S/4")}
+    torch.save(blob, tmp_path / "DiT.pt")
+    model, config = load_checkpoint(tmp_path / "DiT.pt")
+    expected = state if layout == "flat" else ema
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    assert config["objective"] == "gaussian"
+    assert infer_arguments(state).items() >= arguments.items()
+
+    call("sample.py", "--checkpoint", tmp_path / "DiT.pt", "--classes", 0, 6, "--per-class", 1, "--steps", 2,
+         "--device", "cpu", "--out", tmp_path / "out.png")  # fmt: skip
+    assert load_file(tmp_path / "out.safetensors")["latents"].shape == (2, 4, 16, 16)
+
+
+def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
+    """The one line that the script writes; any traceback or other exit code fails."""
+    module = importlib.import_module(f"examples.image.{script}")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    written = capsys.readouterr().err.strip()
+    assert "\n" not in written
+    assert written.startswith(f"{script}.py: error: ")
+    return written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], "--steps: '0' is not a whole number above 0"),
+        (["--steps", "many"], "'many' is not a whole number"),
+        (["--lr", "nan"], "'nan' is not a number above 0"),
+        (["--ema-decay", "1"], "--ema-decay"),
+        (["--model", "DiT-XXL/2"], "DiT-XXL/2"),
+        (["--objective", "magic"], "magic"),
+        (["--nonsense"], "--nonsense"),
+        (["--image-size", "9"], "image size 9 is not a multiple of patch size 2"),
+        (["--num-heads", "3"], "not a multiple of 3 heads"),
+        (["--num-classes", "3"], "the data has 10 classes"),
+        (["--batch-size", "100000"], "--batch-size 100000"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--kernels", "magic"], "magic"),
+        (["--attention", "magic"], "magic"),
+        (["--objective", "gaussian", "--sample-steps", "2000"], "1000"),
+    ],
+)
+def test_train_mistakes_cost_one_line(monkeypatch, capsys, tmp_path, arguments, words):
+    assert words in mistake(monkeypatch, capsys, "train", "--outputs", tmp_path, "--device", "cpu", *arguments)
+
+
+def test_train_refuses_folders_it_cannot_use(monkeypatch, capsys, tmp_path):
+    imageless = tmp_path / "notes"
+    (imageless / "a").mkdir(parents=True)
+    (imageless / "a" / "readme.txt").write_text("no image")
+    assert "holds no images" in mistake(monkeypatch, capsys, "train", "--data", imageless, "--outputs", tmp_path)
+    broken = tmp_path / "broken"
+    (broken / "a").mkdir(parents=True)
+    (broken / "a" / "x.png").write_text("no image")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(broken), "--outputs", str(tmp_path)])
+    from examples.image import train
+
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    first, last = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert first.startswith("skipping")
+    assert "none of the 1 images" in last
+
+    a_file = tmp_path / "file"
+    a_file.write_text("")
+    assert str(a_file) in mistake(monkeypatch, capsys, "train", *TINY, "--outputs", a_file)
+
+
+def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
+    def said(*arguments) -> str:
+        return mistake(monkeypatch, capsys, "sample", "--device", "cpu", "--out", tmp_path / "x.png", *arguments)
+
+    assert "--checkpoint" in said()
+    assert "does not exist" in said("--checkpoint", tmp_path / "missing")
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a checkpoint")
+    assert "not a safetensors file" in said("--checkpoint", text)
+    lonely = tmp_path / "lonely" / "model.safetensors"
+    lonely.parent.mkdir()
+    lonely.write_bytes((trained / "model.safetensors").read_bytes())
+    assert "no config.json" in said("--checkpoint", lonely)
+    lonely.with_name("config.json").write_text('{"model": {"depth": 9}, "objective": "flow", "pixels": true}')
+    assert "does not fit a DiT" in said("--checkpoint", lonely)
+    pickled = tmp_path / "bad.pt"
+    torch.save({"model": ROOT}, pickled)
+    assert "does not hold a DiT's tensors" in said("--checkpoint", pickled)
+    assert "knows 0 … 9" in said("--checkpoint", trained, "--classes", 10)
+    assert "takes heun or euler" in said("--checkpoint", trained, "--sampler", "ddim")
+
+
+def test_mistakes_in_a_real_process_exit_with_2_and_one_line(tmp_path):
+    for script, arguments in (("train.py", ["--data", "/nowhere"]), ("sample.py", ["--checkpoint", "/nowhere"])):
+        done = run(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stdout == ""
