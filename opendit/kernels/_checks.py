@@ -66,11 +66,11 @@ def check_out_dtype(kernel: str, out_dtype: torch.dtype | None) -> None:
         raise ValueError(f"{kernel}: out_dtype is {out_dtype}; it must be a floating-point dtype")
 
 
-def promote(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that torch's type promotion gives the tensors together; None is skipped."""
-    dtypes = [t.dtype for t in tensors if t is not None]
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
+def promote(first: Tensor, *others: Tensor) -> torch.dtype:
+    """The dtype that torch's type promotion gives the tensors together, whatever their ranks."""
+    result = first.dtype
+    for tensor in others:
+        dtype = tensor.dtype
         if dtype is not result:
             result = torch.promote_types(result, dtype)
     return result
@@ -78,7 +78,10 @@ def promote(*tensors: Tensor | None) -> torch.dtype:
 
 def has_double(*tensors: Tensor | None) -> bool:
     """Whether any tensor is float64."""
-    return any(t is not None and t.dtype is torch.float64 for t in tensors)
+    for tensor in tensors:  # noqa: SIM110 (a generator costs twice the time)
+        if tensor is not None and tensor.dtype is torch.float64:
+            return True
+    return False
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
