@@ -1,11 +1,13 @@
 """Every kernel against its specification: values and every gradient, on the GPU or in Triton's interpreter."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opendit.kernels import backend as backends
+from opendit.kernels import layernorm as layernorm_file
 from opendit.kernels.spec import KernelSpec, discover
 from tests.kernels.checking import Case, as_tuple, check, gradients, make_inputs, relative_error
 
@@ -347,3 +349,22 @@ def test_why_a_backend_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_needs_a_gpu_unless_interpreting(spec: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "INTERPRETING", False)
     refused(spec, ValueError, "triton", "cpu", "TRITON_INTERPRET=1", backend="triton")
+
+
+def test_apex_gets_whole_affines_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for apex, which is seldom installed: what reaches it, and what comes back."""
+    affine = torch.nn.functional.layer_norm
+
+    def fused_layer_norm_affine(x, weight, bias, shape, eps):
+        assert weight.dtype is bias.dtype is x.dtype
+        return affine(x, shape, weight, bias, eps)
+
+    stand_in = SimpleNamespace(
+        fused_layer_norm_affine=fused_layer_norm_affine,
+        fused_layer_norm=lambda x, shape, eps: affine(x, shape, eps=eps),
+    )
+    monkeypatch.setattr(layernorm_file, "apex_layer_norm", lambda: stand_in)
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
+    for names in ((), ("weight",), ("bias",), ("weight", "bias")):
+        check(SPECS["layernorm"], Case(2, 3, 12, optional=names), torch.device("cpu"), backend="apex")
+        check(SPECS["layernorm"], Case(2, 3, 12, BF16, F32, optional=names), torch.device("cpu"), backend="apex")
