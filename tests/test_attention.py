@@ -407,13 +407,17 @@ H200 = (9, 0)
     [
         ("cuda", H200, torch.bfloat16, 72, 256, True, True, (), "sdpa-cudnn"),
         ("cuda", H200, torch.bfloat16, 72, 1023, True, True, (), "sdpa-cudnn"),
-        ("cuda", H200, torch.bfloat16, 72, 1024, True, True, (), "flash-attn-4"),
+        ("cuda", H200, torch.bfloat16, 72, 1024, True, True, (), "sdpa-cudnn"),
+        ("cuda", H200, torch.bfloat16, 128, 1024, True, True, (), "flash-attn-4"),
+        ("cuda", H200, torch.bfloat16, 128, 4096, False, True, (), "sdpa-cudnn"),
+        ("cuda", H200, torch.bfloat16, 64, 4096, False, True, (), "flash-attn-4"),
         ("cuda", H200, torch.bfloat16, 72, 4096, False, True, (), "sdpa-cudnn"),
         ("cuda", H200, torch.bfloat16, 72, 16384, False, True, (), "flash-attn-4"),
-        ("cuda", H200, torch.bfloat16, 72, 16384, True, True, ("flash-attn-4",), "sdpa-cudnn"),
-        ("cuda", H200, torch.bfloat16, 72, 16384, True, True, ("flash-attn-4", "sdpa-cudnn"), "sdpa"),
+        ("cuda", H200, torch.bfloat16, 128, 16384, True, True, ("flash-attn-4",), "sdpa-cudnn"),
+        ("cuda", H200, torch.bfloat16, 128, 16384, True, True, ("flash-attn-4", "sdpa-cudnn"), "sdpa"),
+        ("cuda", H200, torch.bfloat16, 72, 16384, True, True, (), "sdpa-cudnn"),
         ("cuda", H200, torch.bfloat16, 72, 16384, True, False, (), "sdpa"),
-        ("cuda", H200, torch.bfloat16, 64, 16384, True, True, (), "sdpa-cudnn"),
+        ("cuda", H200, torch.bfloat16, 64, 16384, True, True, (), "flash-attn-4"),
         ("cuda", H200, torch.bfloat16, 128, 256, False, True, (), "sdpa-cudnn"),
         ("cuda", H200, torch.bfloat16, 80, 16384, True, True, (), "sdpa"),
         ("cuda", H200, torch.float32, 72, 16384, True, True, (), "sdpa"),
@@ -465,7 +469,7 @@ def test_describe_reads_the_tensors():
         return choice.describe(q, k, v, kw.get("mask"), kw.get("dropout_p", 0.0))
 
     assert case() == (torch.device("meta"), torch.bfloat16, 72, 0, False, True, True)
-    assert [case(Lq=n, Lk=5000).length for n in (1, 1023, 1024, 16383, 16384)] == [0, 0, 1024, 1024, 1024]
+    assert [case(Lq=n, Lk=5000).length for n in (1, 1023, 1024, 16383, 16384)] == [0, 0, 1024, 4096, 4096]
     assert case(Lq=20000, Lk=16384).length == 16384
     assert case(requires_grad=True).backward
     with torch.no_grad():
@@ -580,10 +584,12 @@ def test_torchs_switches_are_left_as_they_were(backend):
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-def on_gpu(backend, dtype=torch.bfloat16, head_dim=72):
+def on_gpu(backend, dtype=torch.bfloat16, head_dim=72, backward=True):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     reason = backend_unavailable(backend, torch.device("cuda"), dtype, head_dim)
+    if reason is None and backward and backend in BACKENDS:
+        reason = BACKENDS[backend].backward_head_dims(head_dim)
     if reason is not None:
         pytest.skip(reason)
 
@@ -595,7 +601,8 @@ def torchs_attention(q, k, v, mask=None, scale=None):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+# torch's memory-efficient kernel has 1.22 times the error of the kernel torch itself picks; see the test after this.
+@pytest.mark.parametrize("backend", [*(name for name in BACKENDS if name != "sdpa-efficient"), "auto"])
 @pytest.mark.parametrize(
     "shape", [{"Lq": 256, "Lk": 256, "packed": True}, {"Lq": 333, "Lk": 77}], ids=["packed", "cross"]
 )
@@ -608,13 +615,45 @@ def test_gpu_error_is_within_torchs(backend, dtype, head_dim, shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_gpu_efficient_is_torchs_kernel_to_the_bit(head_dim):
+    q, k, v = inputs(B=4, Lq=256, Lk=256, H=4, K=head_dim, dtype=torch.bfloat16, device="cuda", packed=True)
+    dout = torch.randn_like(q)
+    ours = attend(q, k, v, backend="sdpa-efficient")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+        torchs = torchs_attention(q, k, v)
+    assert torch.equal(ours, torchs)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in (ours, torchs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2)  # its backward adds up in no fixed order
+
+
+@pytest.mark.gpu
+def test_gpu_flash_attn_4_at_head_dim_72_without_gradients():
+    on_gpu("flash-attn-4", backward=False)
+    q, k, v = inputs(B=4, Lq=256, Lk=256, H=4, K=72, dtype=torch.bfloat16, device="cuda", packed=True)
+    with pytest.raises(ValueError, match="with gradients it takes head_dim"):
+        attend(q, k, v, backend="flash-attn-4")
+    with torch.no_grad():
+        exact = formula(*(x.double() for x in (q, k, v)), None, None)
+        ours, torchs = attend(q, k, v, backend="flash-attn-4"), torchs_attention(q, k, v)
+    assert relative(ours, exact) <= 1.2 * relative(torchs, exact)
+
+
+def test_flash_attn_4_refuses_gradients_where_they_are_wrong():
+    fits = BACKENDS["flash-attn-4"].backward_head_dims
+    assert fits(64) is fits(128) is None
+    assert "gradients are wrong or unchecked" in fits(72)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gpu_compile_fullgraph(backend, autocast):
-    on_gpu(backend)
+    K = 64 if backend == "flash-attn-4" else 72
+    on_gpu(backend, head_dim=K)
     torch._dynamo.reset()
     tensors = inputs(
-        B=2, Lq=256, Lk=256, H=4, K=72, dtype=torch.float32 if autocast else torch.bfloat16, device="cuda", packed=True
+        B=2, Lq=256, Lk=256, H=4, K=K, dtype=torch.float32 if autocast else torch.bfloat16, device="cuda", packed=True
     )
     compiled = torch.compile(partial(attend, backend=backend), fullgraph=True)
 
@@ -648,6 +687,7 @@ def test_gpu_dropout_keeps_the_mean(backend):
     on_gpu(backend)
     q, k, v = inputs(B=64, Lq=256, Lk=256, H=4, K=72, dtype=torch.bfloat16, device="cuda")
     out = attend(q, k, v.detach().fill_(1.0), backend=backend, dropout_p=0.25)
+    out = out.detach()
     assert abs(float(out.float().mean()) - 1.0) < 0.01  # each weight kept with 3/4 and scaled by 4/3
     assert float(out.float().std()) > 0.01
 
@@ -655,6 +695,7 @@ def test_gpu_dropout_keeps_the_mean(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_gpu_empty(backend):
-    on_gpu(backend)
+    on_gpu(backend, backward=False)
     q, k, v = inputs(B=0, K=72, dtype=torch.bfloat16, device="cuda")
-    assert attend(q, k, v, backend=backend).shape == q.shape
+    with torch.no_grad():
+        assert attend(q, k, v, backend=backend).shape == q.shape

@@ -15,17 +15,17 @@ from opendit.attention.backends import FLOATS, backend_unavailable, capability_o
 
 _log = logging.getLogger("opendit")
 
-# Measured on one H200 with torch 2.11.0+cu130, cuDNN 9.19, flash-attn-4 4.0.0b36, bf16, 16 heads. head_dim 72 at
-# lengths 256, 1024, 4096 and 16384: cuDNN, which pads 72 to 128, loses to FA4 with the backward from 1024 tokens on,
-# forward alone at 16384 and not yet at 4096. head_dim 64 and 128 at lengths 256 and 16384, without FA4. torch's flash
-# kernel lost every cell to cuDNN. benchmarks/attention.py measures all of it again.
+# Measured on one H200 with torch 2.11.0+cu130, cuDNN 9.19, flash-attn-4 4.0.0b36, bf16, 16 heads, at lengths 256, 1024,
+# 4096 and 16384: benchmarks/results/attention_h200_2026-11-22.json, which benchmarks/attention.py writes. FA4 wins with
+# the backward from 1024 tokens on (head_dim 64 and 128; its gradients are wrong at 72), forward alone from 4096 (64) or
+# 16384 (128; 72 by an earlier measurement of the same kind). torch's flash kernel lost every cell to cuDNN.
 # {head_dim: {backward needed: ((from this length on, backend), ...)}}; the first row that fits and can run is taken.
 _Rows = tuple[tuple[int, str], ...]
 _CUDNN: _Rows = ((0, "sdpa-cudnn"),)
 _MEASURED: Mapping[int, Mapping[bool, _Rows]] = {
-    64: {False: _CUDNN, True: _CUDNN},
-    72: {False: ((16384, "flash-attn-4"), *_CUDNN), True: ((1024, "flash-attn-4"), *_CUDNN)},
-    128: {False: _CUDNN, True: _CUDNN},
+    64: {False: ((4096, "flash-attn-4"), *_CUDNN), True: ((1024, "flash-attn-4"), *_CUDNN)},
+    72: {False: ((16384, "flash-attn-4"), *_CUDNN), True: _CUDNN},
+    128: {False: ((16384, "flash-attn-4"), *_CUDNN), True: ((1024, "flash-attn-4"), *_CUDNN)},
 }
 _MEASURED_CAPABILITY = (9, 0)
 _MEASURED_DTYPE = torch.bfloat16
