@@ -68,7 +68,9 @@ def test_named_parts_of_the_kernels_mapping():
 
 @pytest.mark.parametrize("cls", [nn.Linear(3, 3), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))])
 def test_unknown_model(cls):
-    with pytest.raises(ValueError, match=r"no known family. Known: diffusers_dit \(.*; dit \(.*Nearest.*register_family"):
+    with pytest.raises(
+        ValueError, match=r"no known family. Known: diffusers_dit \(.*; dit \(.*Nearest.*register_family"
+    ):
         opendit.accelerate(cls)
 
 
@@ -125,7 +127,14 @@ def test_restore_of_what_was_never_accelerated():
 
 @pytest.mark.parametrize(
     ("sp_size", "error"),
-    [(0, ValueError), (-2, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError), (2, NotImplementedError)],
+    [
+        (0, ValueError),
+        (-2, ValueError),
+        (1.0, TypeError),
+        (True, TypeError),
+        ("2", TypeError),
+        (2, NotImplementedError),
+    ],
 )
 def test_sp_size(sp_size, error):
     with pytest.raises(error, match="sp_size"):

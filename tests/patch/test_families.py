@@ -152,9 +152,7 @@ def test_state_dict_goes_both_ways(tiny: Tiny):
     source, target = build(tiny), opendit.accelerate(tiny.build())
     target.load_state_dict(source.state_dict())
     with contextlib.suppress(AttributeError):
-        target.t_embedder.mlp.register_forward_pre_hook(
-            next(iter(source.t_embedder.mlp._forward_pre_hooks.values()))
-        )
+        target.t_embedder.mlp.register_forward_pre_hook(next(iter(source.t_embedder.mlp._forward_pre_hooks.values())))
     error, name = worst(run(target, tiny), run(source, tiny))
     assert error <= 1e-5, name
     source.load_state_dict(target.state_dict())
@@ -219,9 +217,7 @@ def strip_prefix(results):
 def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
     calls = []
     original = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self: (calls.append(self), original(self, backend="aot_eager"))[1]
-    )
+    monkeypatch.setattr(nn.Module, "compile", lambda self: (calls.append(self), original(self, backend="aot_eager"))[1])
     model = build(tiny)
     expected = run(model, tiny)
     opendit.accelerate(model, {"compile": True})
