@@ -246,18 +246,24 @@ def _dit_inputs(size: int = 6, batch: int = 3, channels: int = 4, classes: int =
     return inputs
 
 
+def _example_dit() -> nn.Module:
+    from examples.models.dit import DiT
+
+    return DiT(input_size=6, patch_size=2, hidden_size=48, depth=2, num_heads=4, num_classes=5)
+
+
 def _diffusers_dit(**options: Any) -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
-    config = dict(
-        num_attention_heads=3,
-        attention_head_dim=16,
-        num_layers=2,
-        sample_size=6,
-        num_embeds_ada_norm=5,
-        out_channels=8,
-        norm_num_groups=1,
-    )
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "sample_size": 6,
+        "num_embeds_ada_norm": 5,
+        "out_channels": 8,
+        "norm_num_groups": 1,
+    }
     return DiTTransformer2DModel(**{**config, **options})
 
 
@@ -277,6 +283,7 @@ TINY = [
     Tiny("sit-odd", "dit", lambda: UserDiT(dim=60, heads=3, depth=3, mlp_ratio=2.5, drop_sigma=True), _dit_inputs()),
     Tiny("fast-dit-patch4", "dit", lambda: UserDiT(size=8, patch=4, checkpointing=True), _dit_inputs(8)),
     Tiny("dit-patch8", "dit", lambda: UserDiT(size=24, patch=8, learn_sigma=False), _dit_inputs(24)),
+    Tiny("example", "dit", _example_dit, _dit_inputs()),
     Tiny("diffusers", "diffusers_dit", _diffusers_dit, _diffusers_inputs, _sample),
     Tiny(
         "diffusers-affine",

@@ -194,10 +194,7 @@ def unapply(model: nn.Module) -> None:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether someone registered a hook on a module that a fused forward would not call."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-    return False
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def linear_dtype(x: torch.Tensor) -> torch.dtype | None:

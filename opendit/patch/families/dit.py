@@ -153,8 +153,8 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         planner.keep(name, f"its parts are not exactly {', '.join(sorted(_BLOCK_PARTS))}")
     elif not width or not plain_layernorm(block.norm2, width):
         planner.keep(name, "its norms are not torch's LayerNorm over one same dimension")
-    elif parameters_of_forward(block) != ("x", "c"):
-        planner.keep(name, f"its forward takes ({', '.join(parameters_of_forward(block))}), not (x, c)")
+    elif len(parameters_of_forward(block)) != 2:
+        planner.keep(name, f"its forward takes ({', '.join(parameters_of_forward(block))}), not tokens and condition")
     else:
         planner.offer(
             name,
