@@ -51,9 +51,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def commit() -> str:
     """The checked-out commit, with "+changes" where the measured code differs from it."""
-    head = _output(["git", "rev-parse", "HEAD"])
+    head = _output(["git", "rev-parse", "--verify", "--quiet", "HEAD"])
     changed = _output(["git", "status", "--porcelain", "--", "opendit", "benchmarks/*.py"])
-    return (head or "unknown") + ("+changes" if changed else "")
+    return head + ("+changes" if changed else "") if head else "unknown"
 
 
 def _output(command: list[str]) -> str:
@@ -131,7 +131,7 @@ def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a large device-to-device copy: what a kernel can hope for."""
     source = torch.randn(1 << (30 if torch.cuda.is_available() else 20), device=_device()).bfloat16()
     target = torch.empty_like(source)
-    # Not in a graph: there a copy is the copy engine's, which is a third slower than the kernel an eager copy runs.
+    # Not in a graph: there a copy is the copy engine's, which is slower than an eager copy's kernel.
     ms = statistics.median(time_events(lambda: target.copy_(source)))
     return 2 * source.nbytes / ms * 1e3
 
