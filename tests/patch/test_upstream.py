@@ -23,7 +23,7 @@ from tests.tiny_models import Tiny, _dit_inputs, randomise
 FOLDER = Path(os.environ.get("OPENDIT_UPSTREAM", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="OPENDIT_UPSTREAM names no folder with clones")
 
-SMALL = dict(input_size=8, depth=3, hidden_size=96, num_heads=4, num_classes=10)
+SMALL = {"input_size": 8, "depth": 3, "hidden_size": 96, "num_heads": 4, "num_classes": 10}
 
 
 def load(repository: str, module: str):
