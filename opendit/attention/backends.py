@@ -198,9 +198,8 @@ def _head_dims_flash_attn_4(head_dim: int, capability: _Capability) -> str | Non
     return "up to 256 in steps of 8" if capability[0] == 9 else "up to 128 in steps of 8, or 256"
 
 
-# 4.0.0b36 on an H200: at head_dim 40, 48, 72 and 80 the forward is right and dq is off by more than its own size; 32, 56,
-# 64 and 128 were right. Trained with are
-# the head_dims whose gradients were compared with fp64 (tests/test_attention.py, marker gpu).
+# 4.0.0b36 on an H200: at head_dim 40, 48, 72 and 80 the forward is right and dq is off by more than its own size. Here
+# are the head_dims whose gradients the tests compare with fp64 (tests/test_attention.py, marker gpu).
 _FLASH_ATTN_4_BACKWARD = (64, 128)
 
 
