@@ -80,6 +80,8 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     for name, backend in plan.choices.kernels:
         lines.append(f"  kernel {name}: {_kernel_in_words(name, backend, device)}")
     lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
+    if plan.choices.attention == "auto":
+        lines += [f"    so far {choice}" for choice in attention.choices_made()]
     if plan.compiled:
         lines += _grouped((fqn, "compiled on its own by torch.compile") for fqn in plan.compiled)
     lines.append("left as it was:")

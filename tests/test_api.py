@@ -60,6 +60,12 @@ def test_explain_before_accelerating_changes_nothing():
         opendit.explain(opendit.accelerate(model), "train")
 
 
+def test_explain_says_what_auto_attention_took():
+    model = opendit.accelerate(build(DIT))
+    run(model, DIT)
+    assert "so far on cpu, float32, head_dim 12, 0 or more tokens, forward and backward: sdpa (" in text_of(model)
+
+
 def test_named_parts_of_the_kernels_mapping():
     model = opendit.accelerate(build(DIT), {"kernels": {"layernorm_modulate": "reference"}})
     assert "kernel layernorm_modulate: reference (asked for)" in text_of(model)

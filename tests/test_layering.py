@@ -28,7 +28,7 @@ MAY_IMPORT = {
 
 # What each part may import from outside the standard library, at the top of its files.
 OUTSIDE = {
-    "opendit": {"torch", "typing_extensions", "packaging"},
+    "opendit": {"torch", "typing_extensions"},
     "opendit.kernels": {"torch", "triton"},
 }
 

@@ -64,7 +64,7 @@ def lend_torch(site: Path) -> None:
     """Links torch and what torch needs to run into `site`; nothing else becomes importable."""
     import importlib.metadata as metadata
 
-    pending, linked = ["torch", "packaging"], set()
+    pending, linked = ["torch"], set()
     while pending:
         name = pending.pop()
         distribution = metadata.distribution(name)

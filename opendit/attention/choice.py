@@ -86,6 +86,14 @@ def autocast_dtype(device_type: str, dtype: torch.dtype = torch.float32) -> torc
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+_said: dict[str, None] = {}
+
+
+def choices_made() -> tuple[str, ...]:
+    """Every choice "auto" has made in this process, in words, in the order they came up."""
+    return tuple(_said)
+
+
 @traced_as_constant
 def choose_and_log(*case: Any) -> str:
     """`Case`'s fields in, the backend's name out; logged once per case at level info."""
@@ -102,16 +110,14 @@ def _switches() -> tuple[bool, bool]:
 def _choose_once(fields: tuple[Any, ...], cudnn: bool, deterministic: bool) -> Choice:
     case = Case(*fields)
     choice = _choose(case, cudnn, deterministic)
-    _log.info(
-        "attention on %s, %s, head_dim %d, %d or more tokens, %s: %s (%s)",
-        case.device,
-        str(case.dtype).removeprefix("torch."),
-        case.head_dim,
-        case.length,
-        "forward and backward" if case.backward else "forward only",
-        choice.backend,
-        choice.reason,
+    dtype = str(case.dtype).removeprefix("torch.")
+    passes = "forward and backward" if case.backward else "forward only"
+    said = (
+        f"on {case.device}, {dtype}, head_dim {case.head_dim}, {case.length} or more tokens, {passes}: "
+        f"{choice.backend} ({choice.reason})"
     )
+    _said.setdefault(said)
+    _log.info("attention %s", said)
     return choice
 
 
