@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,17 @@ def in_ddp(model: nn.Module, process: Process) -> nn.Module:
         return model
     devices = [process.device] if process.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def stop_process() -> None:
+    """Leaves the process group. The caller has dropped its DDP models.
+
+    Were one of them the group's last owner, its destructor would wait for the group's threads with the interpreter's
+    lock in hand, while one of those waits for that lock: now and then, a hang at exit (seen with gloo, torch 2.13).
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def gather_lists(mine: list[str]) -> list[str]:

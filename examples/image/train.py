@@ -19,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 import opendit
-from examples.common import Ema, OneLineParser, autocast, gather_lists, in_ddp, start_process
+from examples.common import Ema, OneLineParser, autocast, gather_lists, in_ddp, start_process, stop_process
 from examples.diffusion import OBJECTIVES
 from examples.image.data import batches
 from examples.image.options import build_dataset, model_arguments, parse_train_options
@@ -86,6 +85,7 @@ def main() -> None:
             bar.set_postfix_str(f"loss {losses[i - 19 : i + 1].mean().item():.4f}, {speed:.0f} img/s", refresh=False)
     history = losses.tolist()
     seconds = time.perf_counter() - start
+    del trained
     if not math.isfinite(history[-1]):
         first = next(i for i, loss in enumerate(history) if not math.isfinite(loss))
         raise SystemExit(f"the loss is {history[first]} since step {first + 1}; nothing was saved, try a lower --lr")
@@ -138,8 +138,7 @@ def main() -> None:
     if process.is_main:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print_summary(metrics, folder)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_process()
 
 
 if __name__ == "__main__":
