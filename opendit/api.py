@@ -137,7 +137,7 @@ def restore(model: ModelT) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
     target = _unwrap(model)
-    if core.plan_of(target) is None:
+    if core.plan_of(target) is None and not any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(f"model: {type(target).__name__} is not accelerated; there is nothing to restore")
     core.unapply(target)
     return model

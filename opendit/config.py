@@ -30,7 +30,6 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
     "engine": ("torch", "colossalai"),
     "sequence_parallel": ("auto", "fastseq", "ulysses", "ring", "usp"),
     "activation_checkpointing": (False, True, "selective", "full"),
-    "ema": (None,),
 }
 
 # Fields of which only the default works so far.
@@ -101,6 +100,8 @@ class BoosterConfig(Generic[OptimizerT]):
                 f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or a factory "
                 "that makes one from the model's parameters, such as functools.partial(torch.optim.AdamW, lr=1e-4)"
             )
+        if self.ema is not None:
+            raise NotImplementedError(f"ema={self.ema!r}: EMA is not implemented yet; leave ema at None")
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):

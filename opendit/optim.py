@@ -6,6 +6,7 @@ every group is re-bound in place, so that the same object, and an LR scheduler b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,20 @@ from torch.optim import Optimizer
 
 from opendit.config import OptimizerFactory
 
+logger = logging.getLogger("opendit")
+
 
 def check(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises `ValueError` where `optimizer` holds no parameter of `model`: it would train something else."""
-    ours = {id(p) for p in model.parameters()}
-    if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+    """Raises `ValueError` where `optimizer` holds no parameter of `model`: it would train something else.
+
+    Where it holds only some of the trainable ones, that is logged.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name for name, p in model.named_parameters() if id(p) in held}
+    left = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
+    if trained and left:
+        logger.warning("%d trainable parameters of the model are not in the optimizer, such as %s", len(left), left[0])
+    if not trained:
         raise ValueError(
             "optimizer: got an optimizer that holds none of the model's parameters; allowed: one built on "
             "model.parameters(), or a factory. Was the model copied or moved to new parameters after the "

@@ -31,6 +31,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
         )
     plan_norms(planner, model, choices)
+    _check_used(cfg, planner)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         blocks = model.get_submodule(family.blocks)
@@ -45,6 +46,21 @@ def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
         choices=choices,
         compiled=compiled,
     )
+
+
+def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
+    """What was asked for by name must have somewhere to go."""
+    used = {name for edit in planner.edits for name in edit.mixin.uses}
+    asked = [("kernels", name) for name in cfg.kernels] if isinstance(cfg.kernels, Mapping) else []
+    if cfg.attention != "auto":
+        asked.append(("attention", "attention"))
+    for field, name in asked:
+        if name not in used:
+            reasons = "; ".join(sorted({kept.why for kept in planner.kept}))
+            raise ValueError(
+                f"{field}: got {getattr(cfg, field)!r}, but nothing in this model would use {name}; allowed here: "
+                f"{', '.join(sorted(used))}. Leave it out, or see why parts were left: {reasons}"
+            )
 
 
 def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
@@ -73,23 +89,33 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
 def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     """`plan` in words: what changed and by what, what did not and why, what happened since."""
     device = _device(model)
+    notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
     lines += _grouped((edit.fqn, edit.what) for edit in plan.edits)
     lines.append("by:")
+    used = {name for edit in plan.edits for name in edit.mixin.uses}
     for name, backend in plan.choices.kernels:
-        lines.append(f"  kernel {name}: {_kernel_in_words(name, backend, device)}")
-    lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
-    if plan.choices.attention == "auto":
+        if name in used:
+            lines.append(f"  kernel {name}: {_kernel_in_words(name, backend, device)}")
+    if "attention" in used:
+        lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
+    if "attention" in used and plan.choices.attention == "auto":
         lines += [f"    so far {choice}" for choice in attention.choices_made()]
-    if plan.compiled:
-        lines += _grouped((fqn, "compiled on its own by torch.compile") for fqn in plan.compiled)
+    modules = dict(model.named_modules())
+    for fqn in plan.compiled:
+        # A copy or an unpickled model has the plan and the classes, but not the compiled code.
+        compiled = not applied or (fqn in modules and modules[fqn]._compiled_call_impl is not None)
+        notes.append(
+            (fqn, "compiled on its own by torch.compile" if compiled else "no longer compiled (a copy is not)")
+        )
+    lines += _grouped(notes)
     lines.append("left as it was:")
     lines += _grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
     since = _grouped(fallbacks(model))
     if since:
         lines += ["upstream's own forward was used since, because:", *since]
-    return "\n".join([*lines, *plan.notes])
+    return "\n".join(lines)
 
 
 def _kernel_in_words(name: str, backend: str, device: torch.device) -> str:

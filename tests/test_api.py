@@ -184,6 +184,57 @@ def without_interpreter():
     return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.parametrize(
+    ("options", "cfg", "says"),
+    [
+        (
+            {"gated": True},
+            {"attention": "sdpa"},
+            "attention: got 'sdpa', but nothing in this model would use attention",
+        ),
+        ({}, {"kernels": {"layernorm": "reference"}}, "but nothing in this model would use layernorm; allowed here:"),
+    ],
+)
+def test_requests_that_nothing_would_use(options, cfg, says):
+    with pytest.raises(ValueError, match=says):
+        opendit.accelerate(UserDiT(**options), cfg)
+
+
+def test_copies_of_parts_can_be_restored():
+    model = opendit.accelerate(build(DIT))
+    part = nn.Sequential(*(twin(block) for block in model.blocks))
+    opendit.restore(part)
+    assert not any(isinstance(m, Patched) for m in part.modules())
+
+
+def test_restore_refuses_where_someone_holds_on_to_our_forward():
+    model = opendit.accelerate(build(DIT))
+    model.blocks[1].forward = model.blocks[1].forward
+    with pytest.raises(ValueError, match=r"forward of blocks.1 was replaced after accelerate"):
+        opendit.restore(model)
+
+
+def test_restore_after_a_compiled_block_is_gone():
+    model = opendit.accelerate(build(DIT), {"compile": True})
+    copied = twin(model)
+    assert "no longer compiled (a copy is not)" in text_of(copied)
+    del model.blocks[1]
+    assert not any(isinstance(m, Patched) for m in opendit.restore(model).modules())
+
+
+def test_a_trait_that_looks_for_what_is_not_there_does_not_hold():
+    family = Family(
+        "layered", "has layers", (Trait("layers", lambda m: len(m.layers) > 0),), lambda m, p: None, "layers"
+    )
+    opendit.register_family(family)
+    try:
+        assert opendit.explain(build(DIT), file=io.StringIO()).family == "dit"
+    finally:
+        registry._registered.pop("layered")
+    with pytest.raises(ValueError, match="has no traits"):
+        opendit.register_family(Family("all", "everything", (), lambda m, p: None, ""))
+
+
 class Doubling(Patched):
     def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias)

@@ -55,7 +55,7 @@ def test_optimizer_may_be_instance_or_factory():
         ({"sequence_parallel": "ulysses"}, NotImplementedError, r"sequence_parallel='ulysses'"),
         ({"activation_checkpointing": True}, NotImplementedError, r"activation_checkpointing=True"),
         ({"activation_checkpointing": 0}, ValueError, r"activation_checkpointing: got 0"),
-        ({"ema": 0.999}, ValueError, r"ema: got 0.999"),
+        ({"ema": 0.999}, NotImplementedError, r"ema=0.999: EMA is not implemented yet"),
         ({"optimizer": "adam"}, TypeError, r"optimizer: got str; allowed: a torch.optim.Optimizer, or a factory"),
         ("trian", ValueError, r"booster_cfg: got 'trian'; allowed recipes: train, sample.*'train'"),
         (7, TypeError, r"booster_cfg: got int"),

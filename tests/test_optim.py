@@ -136,3 +136,10 @@ def test_two_optimizers_are_refused():
     factory = partial(torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="given both to accelerate and in booster_cfg"):
         opendit.accelerate(model, {"optimizer": factory}, optimizer=factory)
+
+
+def test_an_optimizer_on_a_part_of_the_model_is_told(caplog):
+    model = build(TINY[0])
+    with caplog.at_level("WARNING", "opendit"):
+        opendit.accelerate(model, optimizer=torch.optim.SGD(model.blocks.parameters(), lr=0.1))
+    assert "trainable parameters of the model are not in the optimizer, such as x_embedder" in caplog.text

@@ -1,6 +1,6 @@
 """Which implementation of a kernel can run where, and why one cannot. Imports neither triton nor apex.
 
-``auto``       triton for CUDA tensors when triton is installed, else the reference
+``auto``       triton for CUDA tensors when triton is installed and torch.func is not at work, else the reference
 ``triton``     the fused kernels: CUDA, or any device under TRITON_INTERPRET=1 (slow; for tests)
 ``reference``  plain differentiable torch, anywhere
 ``apex``       NVIDIA Apex's FusedLayerNorm; ``layernorm`` on CUDA only
@@ -74,7 +74,8 @@ def resolve(backend: str, kernel: str, device: torch.device, hidden: int, double
     """
     fits = hidden <= MAX_HIDDEN and not double
     if backend == "auto":
-        return "triton" if device.type == "cuda" and TRITON_INSTALLED and fits else "reference"
+        fused = device.type == "cuda" and TRITON_INSTALLED and fits and not _transformed()
+        return "triton" if fused else "reference"
     if backend == "reference":
         return "reference"
     reason = unavailable(backend, device, kernel)
@@ -87,6 +88,11 @@ def resolve(backend: str, kernel: str, device: torch.device, hidden: int, double
     if reason is not None:
         raise ValueError(f"{kernel}: backend={backend!r} cannot run here: {reason}; allowed are {_allowed(kernel)}")
     return backend
+
+
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) is at work, which the kernels' autograd functions do not support."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
 def _allowed(kernel: str) -> str:

@@ -212,7 +212,8 @@ class _GateResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        residual = launch_forward(*inputs)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device; autograd sets it itself
+            residual = launch_forward(*inputs)
         _save(ctx, inputs, residual)
         return residual
 

@@ -413,7 +413,8 @@ class _GateResidualLayerNormModulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = launch_forward(*inputs)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device; autograd sets it itself
+            output = launch_forward(*inputs)
         _save(ctx, inputs, output)
         return output[:2]
 

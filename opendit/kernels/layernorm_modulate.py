@@ -370,7 +370,8 @@ class _LayerNormModulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = launch_forward(*inputs)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device; autograd sets it itself
+            output = launch_forward(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 

@@ -11,6 +11,7 @@ nothing on the instance: what was chosen for them (kernel and attention backends
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class Patched:
     _opendit_choices: ClassVar[Choices]
     _opendit_kernels: ClassVar[dict[str, str]]
     _opendit_attention: ClassVar[str]
+    _opendit_parameters: ClassVar[tuple[str, ...]]
+    # Which kernels and whether attention, by the names that configs use.
+    uses: ClassVar[tuple[str, ...]] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The made class has no import path; pickle and deepcopy make it again from its ingredients.
@@ -60,6 +64,14 @@ class Patched:
 
     def _kernel(self, name: str) -> str:
         return self._opendit_kernels.get(name, "reference")
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The arguments in upstream's order, whatever upstream calls them; None where upstream must sort it out."""
+        names = self._opendit_parameters
+        rest = names[len(args) :]
+        if len(args) + len(kwargs) != len(names) or any(name not in kwargs for name in rest):
+            return None
+        return (*args, *(kwargs[name] for name in rest)) if kwargs else args
 
     def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the forward that this mixin replaced, remembers why, and logs it the first time."""
@@ -94,6 +106,7 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -
         "_opendit_choices": choices,
         "_opendit_kernels": dict(choices.kernels),
         "_opendit_attention": choices.attention,
+        "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],
     }
     return type(base.__name__, (mixin, base), namespace)
 
@@ -129,7 +142,6 @@ class Plan:
     edits: tuple[Edit, ...]
     kept: tuple[Kept, ...]
     choices: Choices
-    notes: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -159,14 +171,22 @@ def apply(model: nn.Module, plan: Plan) -> None:
             base = type(module)
             module.__class__ = patched_class(base, edit.mixin, plan.choices)
             done.append((module, base))
+        for fqn in plan.compiled:
+            # The types of nn.Module.compile are not declared.
+            cast(Any, model.get_submodule(fqn)).compile()
     except BaseException:
         for module, base in done:
             module.__class__ = base
+        _uncompile(model, plan)
         raise
     setattr(model, _PLAN, plan)
-    for fqn in plan.compiled:
-        # The types of nn.Module.compile are not declared.
-        cast(Any, model.get_submodule(fqn)).compile()
+
+
+def _uncompile(model: nn.Module, plan: Plan | None) -> None:
+    modules = dict(model.named_modules())
+    for fqn in plan.compiled if plan else ():
+        if fqn in modules:
+            modules[fqn].__dict__.pop("_compiled_call_impl", None)
 
 
 def unapply(model: nn.Module) -> None:
@@ -183,21 +203,47 @@ def unapply(model: nn.Module) -> None:
                 f"model: {fqn or 'the model itself'} was given another class after accelerate ({made}); undo "
                 "that first, or call restore before sharding or wrapping"
             )
-    plan = plan_of(model)
-    for fqn in plan.compiled if plan else ():
-        model.get_submodule(fqn).__dict__.pop("_compiled_call_impl", None)
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"model: the forward of {fqn or 'the model itself'} was replaced after accelerate (hooks of Accelerate "
+                "do that); take them off first, for they would still call what restore removes"
+            )
+    _uncompile(model, plan_of(model))
     for _, module in patched:
         _fallbacks.pop(cast(nn.Module, module), None)
         module.__class__ = cast(Any, type(module))._opendit_base
     model.__dict__.pop(_PLAN, None)
 
 
-def hooked(*modules: nn.Module) -> bool:
-    """Whether someone registered a hook on a module that a fused forward would not call."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+def untouched(*norms: nn.Module) -> bool:
+    """Whether these are still torch's own LayerNorms, with nothing on them that a fused pass would leave out."""
+    return all(type(norm) is nn.LayerNorm and "forward" not in norm.__dict__ and not hooked(norm) for norm in norms)
 
 
-def linear_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype in which a Linear will read `x`: autocast's where it is on, else None for its own."""
+def hooked(module: nn.Module) -> bool:
+    """Whether someone registered a hook on a module that a fused forward does not call."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype autocast would cast `x` to for a Linear; None where it is off or leaves `x` alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class FusedNorms(Patched):
+    """Base of mixins that hand a fused LayerNorm's output to a sublayer.
+
+    Under autocast upstream hands on fp32, and the sublayer's first Linear casts it. Where the planner has seen that the
+    sublayers do the same with an input that is cast already, the fused pass writes it so.
+    """
+
+    casts_for_linear: ClassVar[bool] = True
+
+    def _sublayer_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        lower = autocast_dtype(x)
+        return lower if lower is None or self.casts_for_linear else torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from opendit.kernels.layernorm import layernorm
-from opendit.patch.core import Choices, Patched
+from opendit.patch.core import Choices, Patched, autocast_dtype
 from opendit.patch.planner import Planner, plain_layernorm
 from opendit.patch.probe import Inputs
 
@@ -14,13 +14,14 @@ from opendit.patch.probe import Inputs
 class FusedLayerNorm(Patched):
     """torch's LayerNorm through the `layernorm` kernel: x [..., D] → LN(x)·weight + bias."""
 
+    uses = ("layernorm",)
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Autocast runs torch's LayerNorm in fp32 and returns fp32.
-        out_dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else None
+        # Autocast runs torch's LayerNorm in fp32 and returns fp32; it leaves fp64 alone.
+        out_dtype = torch.float32 if autocast_dtype(x) is not None else None
         return layernorm(
             x, self.weight, self.bias, eps=self.eps, out_dtype=out_dtype, backend=self._kernel("layernorm")
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ class Planner:
         self.kept: list[Kept] = []
         self._taken_over: set[int] = set()
         self._verdicts: dict[Any, str | None] = {}
+        self._answers: dict[Any, bool] = {}
 
     def keep(self, fqn: str, why: str) -> None:
         self.kept.append(Kept(fqn, why))
@@ -30,7 +31,7 @@ class Planner:
         module: nn.Module,
         mixin: type[Patched],
         what: str,
-        inputs: Inputs,
+        inputs: Inputs | Sequence[Inputs],
         *,
         bypassed: tuple[nn.Module, ...] = (),
         stand_ins: Mapping[str, nn.Module] | None = None,
@@ -44,7 +45,7 @@ class Planner:
         if key not in self._verdicts:
             self._verdicts[key] = disagreement(module, mixin, inputs, stand_ins=stand_ins, **options)
         reason = self._verdicts[key]
-        if reason is None and hooked(*bypassed):
+        if reason is None and any(hooked(child) for child in bypassed):
             reason = "hooks are registered on a part that the fused forward does not call"
         if reason is not None:
             self.keep(fqn, reason)
@@ -52,6 +53,13 @@ class Planner:
         self.edits.append(Edit(fqn, mixin, what))
         self._taken_over.update(id(module) for module in bypassed)
         return True
+
+    def once(self, question: Callable[..., bool], module: nn.Module, *args: Any) -> bool:
+        """The answer to a question about a module, asked once for all modules built alike."""
+        key = (question, signature(module), *args)
+        if key not in self._answers:
+            self._answers[key] = question(module, *args)
+        return self._answers[key]
 
     def took_over(self, module: nn.Module) -> bool:
         """Whether an edit planned so far does this module's work."""

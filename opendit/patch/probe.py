@@ -10,7 +10,9 @@ parameters, its mode and the global random state are not touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ from opendit.patch.core import REFERENCE, Patched, patched_class
 
 # Agreement of two fp64 evaluations of the same formula; anything wrong is many orders above it.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+# Under autocast, dtypes are what is compared; values scatter by bf16's rounding.
+_AUTOCAST_TOLERANCE = 0.3
+# Some gradients are zero but for rounding (a bias on every key moves no softmax). A tensor is judged by its largest
+# value, or by this part of the largest value of all, where that is more.
+_FLOOR, _AUTOCAST_FLOOR = 1e-4, 0.1
 
 Inputs = Callable[[torch.dtype], tuple[Any, ...]]
 
@@ -31,14 +38,17 @@ class StandIn(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width))
 
-    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **options: object) -> torch.Tensor:
+        for name, value in options.items():
+            if value is not None and value is not False:
+                raise TypeError(f"the sublayer is given {name}, which the fused forward does not pass on")
         return torch.tanh(x @ self.weight)
 
 
 def disagreement(
     module: nn.Module,
     mixin: type[Patched],
-    inputs: Inputs,
+    inputs: Inputs | Sequence[Inputs],
     *,
     stand_ins: Mapping[str, nn.Module] | None = None,
     dtype: torch.dtype = torch.float64,
@@ -46,50 +56,101 @@ def disagreement(
     """Why `mixin` must not be given to `module`, or None where both compute the same.
 
     Args:
-        inputs: makes the positional arguments for a dtype; float tensors among them get gradients.
+        inputs: makes the positional arguments for a dtype; float tensors among them get gradients. Several are
+            tried in turn, such as a short and a longer sequence.
         stand_ins: children to replace in the copy, by name.
         dtype: what to compute in; float32 only for modules that can't run in float64.
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+    examples = [inputs] if callable(inputs) else list(inputs)
+    with _neutral():
         try:
             twin = _small_copy(module, stand_ins or {}, dtype)
         except Exception as error:
             return f"it could not be copied for the check ({type(error).__name__}: {error})"
         for training in (True, False):
             twin.train(training)
-            try:
-                expected = _run(twin, inputs, dtype)
-            except Exception as error:
-                return f"its own forward did not run on a small example ({type(error).__name__}: {error})"
-            base = type(twin)
-            twin.__class__ = patched_class(base, mixin, REFERENCE)
-            try:
-                actual = _run(twin, inputs, dtype)
-            except Exception as error:
-                return f"the fused forward does not run on it ({type(error).__name__}: {error})"
-            finally:
-                twin.__class__ = base
-            worst = _difference(expected, actual)
-            if worst is not None:
-                return f"its forward computes something else than the fused one ({worst})"
-    return None
+            for example in examples:
+                reason = _compare(twin, mixin, example, dtype, autocast=False)
+                if reason is not None:
+                    return reason
+        return _compare(twin.float(), mixin, examples[0], torch.float32, autocast=True)
+
+
+def reads_low_precision(sublayer: nn.Module, width: int) -> bool:
+    """Whether `sublayer` [B, L, width] → … is the same under autocast for an input in autocast's dtype.
+
+    So it is where a Linear comes first, for that casts its input. A sublayer that switches autocast off, or begins
+    with something that autocast runs in fp32, must be given what upstream gives it.
+    """
+    with _neutral(), torch.no_grad():
+        try:
+            twin = _small_copy(sublayer, {}, torch.float32).eval()
+            x = torch.randn(2, 3, width)
+            with torch.autocast("cpu", torch.bfloat16):
+                full, low = twin(x), twin(x.bfloat16())
+            return full.dtype == low.dtype and torch.equal(full, low)
+        except Exception:
+            return False
+
+
+@contextmanager
+def _neutral() -> Iterator[None]:
+    """A fixed random state and none of the caller's modes; everything is as it was afterwards."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        _seed(0)
+        yield
+
+
+def _seed(seed: int) -> None:
+    # Not torch.manual_seed: that reseeds the GPUs too, on every rank alike.
+    torch.default_generator.manual_seed(seed)
+
+
+def _compare(
+    twin: nn.Module, mixin: type[Patched], inputs: Inputs, dtype: torch.dtype, *, autocast: bool
+) -> str | None:
+    try:
+        expected = _run(twin, inputs, dtype, autocast)
+    except Exception as error:
+        where = " under autocast" if autocast else ""
+        return f"its own forward did not run on a small example{where} ({type(error).__name__}: {error})"
+    base = type(twin)
+    twin.__class__ = patched_class(base, mixin, REFERENCE)
+    try:
+        actual = _run(twin, inputs, dtype, autocast)
+    except Exception as error:
+        return f"the fused forward does not run on it ({type(error).__name__}: {error})"
+    finally:
+        twin.__class__ = base
+    tolerance, floor = (_AUTOCAST_TOLERANCE, _AUTOCAST_FLOOR) if autocast else (_TOLERANCE[dtype], _FLOOR)
+    worst = _difference(expected, actual, tolerance, floor)
+    return worst and f"its forward computes something else than the fused one ({worst})"
+
+
+_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+def own_attributes(module: nn.Module) -> dict[str, object]:
+    """What is stored on the instance besides parameters, buffers, children and a replaced forward."""
+    return {key: value for key, value in module.__dict__.items() if key not in _INTERNALS and key != "forward"}
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules must share for one probe to speak for both: types, shapes, plain attributes."""
+    """What two modules must share for one probe to speak for both: types, shapes, attributes, the same buffers."""
     rows: list[Any] = []
     for name, child in module.named_modules():
-        attributes = {
-            key: value if isinstance(value, (int, float, bool, str, tuple, type(None))) else repr(value)
-            for key, value in child.__dict__.items()
-            if not key.startswith("_") and key != "training"
-        }
-        rows.append((name, type(child), repr(sorted(attributes.items())), "forward" in child.__dict__))
+        attributes = repr(sorted(own_attributes(child).items(), key=lambda item: item[0]))
+        rows.append((name, type(child), attributes, child.__dict__.get("forward")))
     rows.extend((name, tuple(p.shape)) for name, p in module.named_parameters())
-    rows.extend((name, tuple(b.shape)) for name, b in module.named_buffers())
+    rows.extend((name, id(b)) for name, b in module.named_buffers())
     return tuple(rows)
 
 
@@ -97,17 +158,14 @@ def _small_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], dtype: to
     shell = copy.copy(module)
     shell.__dict__ = dict(module.__dict__)
     shell._modules = {**module._modules, **stand_ins}
-    # The copy starts on the meta device: neither memory nor the model's own values are needed.
+    # The copy starts on the meta device: neither memory nor the model's own values are needed. Hooks, which may hold
+    # anything, are not copied.
     buffers = {name: b.detach().to("cpu", copy=True) for name, b in shell.named_buffers()}
-    twin = copy.deepcopy(shell, memo={id(p): _blank(p) for p in shell.parameters()})
-    for child in twin.modules():
-        for hooks in (
-            child._forward_hooks,
-            child._forward_pre_hooks,
-            child._backward_hooks,
-            child._backward_pre_hooks,
-        ):
-            hooks.clear()
+    memo: dict[int, Any] = {id(p): _blank(p) for p in shell.parameters()}
+    for child in shell.modules():
+        for hooks in _hooks(child):
+            memo[id(hooks)] = OrderedDict()
+    twin = copy.deepcopy(shell, memo=memo)
     twin.to_empty(device="cpu").to(dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -119,25 +177,34 @@ def _small_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], dtype: to
     return twin
 
 
+def _hooks(module: nn.Module) -> list[Any]:
+    return [value for key, value in module.__dict__.items() if key.endswith("_hooks")]
+
+
 def _blank(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
 
 
-def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    torch.manual_seed(1)
+def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, autocast: bool) -> list[torch.Tensor | None]:
+    """Outputs, then the gradients of the inputs and of the parameters."""
+    _seed(1)
     args = inputs(dtype)
     leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    output = module(*args)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = module(*args)
     outputs = [output] if isinstance(output, torch.Tensor) else list(output)
-    probe = sum((o * torch.randn_like(o)).sum() for o in outputs)
+    cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
     wanted = leaves + list(module.parameters())
-    grads = torch.autograd.grad(probe, wanted, allow_unused=True) if isinstance(probe, torch.Tensor) else ()
+    grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
     return [o.detach() for o in outputs] + list(grads)
 
 
-def _difference(expected: list[torch.Tensor | None], actual: list[torch.Tensor | None]) -> str | None:
+def _difference(
+    expected: list[torch.Tensor | None], actual: list[torch.Tensor | None], tolerance: float, floor: float
+) -> str | None:
     if len(expected) != len(actual):
         return f"{len(actual)} results instead of {len(expected)}"
+    least = floor * max(e.abs().max().item() for e in expected if e is not None and e.numel())
     for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
         what = "output" if index == 0 else f"gradient {index}"
         if (e is None) != (a is None):
@@ -146,8 +213,7 @@ def _difference(expected: list[torch.Tensor | None], actual: list[torch.Tensor |
             continue
         if e.shape != a.shape or e.dtype != a.dtype:
             return f"{what}: {a.dtype} {tuple(a.shape)} instead of {e.dtype} {tuple(e.shape)}"
-        scale = e.abs().max().clamp_min(1e-30)
-        error = ((e - a).abs().max() / scale).item()
-        if not error <= _TOLERANCE[e.dtype]:
+        error = ((e - a).abs().max().item()) / max(e.abs().max().item(), least)
+        if not error <= tolerance:
             return f"{what} differs by {error:.1e} of its largest value"
     return None

@@ -68,6 +68,8 @@ def register_family(family: Family) -> None:
     """Makes `accelerate` know `family`. Raises `ValueError` where the name is taken."""
     if not isinstance(family, Family):
         raise TypeError(f"family: got {type(family).__name__}; allowed: an opendit.patch.registry.Family")
+    if not family.traits:
+        raise ValueError(f"family: {family.name!r} has no traits and would match every model; give it at least one")
     if family.name in families():
         raise ValueError(
             f"family: the name {family.name!r} is taken; known: {', '.join(families())}. Choose another name"
@@ -105,9 +107,13 @@ def resolve(model: nn.Module) -> Family:
 
 
 def first_failure(family: Family, model: nn.Module) -> Trait | None:
-    for test in family.traits:
-        if not test.holds(model):
-            return test
+    for trait in family.traits:
+        try:
+            holds = trait.holds(model)
+        except (AttributeError, TypeError, IndexError, KeyError):  # it looked for something that is not there
+            holds = False
+        if not holds:
+            return trait
     return None
 
 

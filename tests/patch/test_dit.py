@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import opendit
-from tests.comparing import build, run, twin, worst
+from tests.comparing import build, relative_errors, run, twin, worst
+from tests.patch.test_families import total
 from tests.tiny_models import TINY, Block, UserDiT, modulate, randomise
 
 DIT = TINY[0]
@@ -102,7 +103,32 @@ def test_hook_on_a_norm_registered_after_is_called():
         m.blocks[1].norm2.register_forward_hook(lambda m, a, out: out * 2)
         m.final_layer.norm_final.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
     assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
-    assert "hooks on its norm" in explained(model)
+    assert "something was put on or in place of its norms" in explained(model)
+
+
+class Causal(Block):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a), is_causal=True)
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class Scaled(Block):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.residual_scale = 1.0
+
+    def forward(self, x, c):
+        return x + self.residual_scale * (super().forward(x, c) - x)
+
+
+class Buffered(Block):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("alpha", torch.tensor(0.5))
+
+    def forward(self, x, c):
+        return x + self.alpha * (super().forward(x, c) - x)
 
 
 class SwappedChunks(Block):
@@ -140,7 +166,10 @@ class NoPlusOne(Block):
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
-@pytest.mark.parametrize("kind", [SwappedChunks, StoppedGradient, ExtraArgument, NoisyInTraining, ExtraNorm, NoPlusOne])
+@pytest.mark.parametrize(
+    "kind",
+    [SwappedChunks, StoppedGradient, ExtraArgument, NoisyInTraining, ExtraNorm, NoPlusOne, Causal, Scaled, Buffered],
+)
 def test_blocks_that_only_resemble_are_left_alone(kind):
     model = UserDiT()
     odd = kind(48, model.blocks[1].attn)
@@ -152,6 +181,151 @@ def test_blocks_that_only_resemble_are_left_alone(kind):
     assert type(model.blocks[0]) is not Block
     assert "blocks.1:" in explained(model)
     assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+def test_buffers_are_part_of_what_makes_blocks_alike():
+    model = UserDiT()
+    for i in range(2):
+        model.blocks[i] = Buffered(48, model.blocks[i].attn)
+    model.blocks[0].alpha.fill_(1.0)
+    randomise(model)
+    reference = twin(model)
+    opendit.accelerate(model)
+    assert type(model.blocks[1]) is Buffered
+    assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+def test_attention_that_changes_with_length_is_left_alone():
+    model = UserDiT()
+
+    class Windowed(type(model.blocks[0].attn)):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            if x.shape[1] <= 8:
+                return super().forward(x)
+            return torch.cat([super(Windowed, self).forward(part) for part in x.split(8, dim=1)], dim=1)
+
+    model.blocks[0].attn.__class__ = Windowed
+    reference = twin(randomise(model))
+    opendit.accelerate(model)
+    assert type(model.blocks[0].attn) is Windowed
+    assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+class DoublingNorm(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["class", "forward", "module"])
+def test_norm_changed_later_is_honoured(change):
+    model = build(DIT)
+    reference = twin(model)
+    opendit.accelerate(model)
+    for m in (model, reference):
+        norm = m.blocks[0].norm1
+        if change == "class":
+            norm.__class__ = DoublingNorm
+        elif change == "forward":
+            norm.forward = lambda x, inner=norm.forward: 2 * inner(x)
+        else:
+            m.blocks[0].norm1 = nn.Identity()
+    assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+def test_hook_on_the_attention_weights_registered_after_is_called():
+    tiny = next(t for t in TINY if t.name == "dit-old-timm")
+    model = opendit.accelerate(build(tiny))
+    seen = []
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    run(model, tiny)
+    assert seen == [(3, 4, 9, 9)]
+
+
+def test_arguments_by_upstreams_names():
+    class Named(Block):
+        def forward(self, tokens, cond):
+            return super().forward(tokens, cond)
+
+    model = UserDiT()
+    model.blocks[0] = Named(48, model.blocks[0].attn)
+    randomise(model)
+    x, c = torch.randn(2, 9, 48), torch.randn(2, 48)
+    expected = model.blocks[0](x, cond=c)
+    opendit.accelerate(model)
+    assert type(model.blocks[0]) is not Named
+    torch.testing.assert_close(model.blocks[0](x, cond=c), expected)
+    torch.testing.assert_close(model.blocks[0](cond=c, tokens=x), expected)
+    with pytest.raises(TypeError, match="colour"):
+        model.blocks[0](x, colour=c)
+
+
+def test_one_condition_for_many_samples():
+    model = build(DIT).eval()
+    x, t, y = torch.randn(3, 4, 6, 6), torch.tensor([5]), torch.tensor([1])
+    expected = model(x, t, y)
+    opendit.accelerate(model)
+    torch.testing.assert_close(model(x, t, y), expected)
+
+
+class FullPrecisionMlp(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.inner(x)
+
+
+def test_sublayers_that_switch_autocast_off_get_what_upstream_gives_them():
+    model = UserDiT()
+    model.blocks[0].mlp = FullPrecisionMlp(model.blocks[0].mlp)
+    model.final_layer.linear = FullPrecisionMlp(model.final_layer.linear)
+    randomise(model)
+    reference = twin(model)
+    opendit.accelerate(model)
+    assert type(model.blocks[0]) is not Block
+    truth = run(twin(reference), DIT)
+    theirs = run(reference, DIT, autocast=torch.bfloat16)
+    ours = run(model, DIT, autocast=torch.bfloat16)
+    assert total(relative_errors(ours, truth)) <= 1.2 * total(relative_errors(theirs, truth))
+
+
+def test_attention_that_switches_autocast_off_is_left_alone():
+    model = UserDiT()
+
+    class FullPrecision(type(model.blocks[0].attn)):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float(), attn_mask, is_causal)
+
+    model.blocks[0].attn.__class__ = FullPrecision
+    opendit.accelerate(randomise(model))
+    assert type(model.blocks[0].attn) is FullPrecision
+
+
+def test_hooks_that_hold_anything_are_not_copied():
+    import threading
+
+    class Recorder:
+        def __init__(self, model):
+            self.model, self.lock, self.calls = model, threading.Lock(), 0
+
+        def __call__(self, module, args, output):
+            self.calls += 1
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("a hook was copied")
+
+    model = build(DIT)
+    recorder = Recorder(model)
+    model.blocks[0].register_forward_hook(recorder)
+    model.blocks[0].mlp.register_forward_hook(recorder)
+    opendit.accelerate(model)
+    assert type(model.blocks[0]) is not Block
+    assert recorder.calls == 0
+    run(model, DIT)
+    assert recorder.calls == 2
 
 
 def test_attention_that_only_resembles_is_left_alone():

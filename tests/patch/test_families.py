@@ -82,7 +82,38 @@ def test_plan_covers_every_block(tiny: Tiny):
     blocks = model.get_submodule(families()[tiny.family].blocks)
     changed = {edit.fqn for edit in plan.edits}
     for name, _ in blocks.named_children():
-        assert any(fqn.endswith(f"blocks.{name}") for fqn in changed)
+        block = f"{families()[tiny.family].blocks}.{name}"
+        assert block in changed
+        assert {f"{block}.attn", f"{block}.attn1"} & changed, "its attention is left to upstream"
+
+
+@each_model
+def test_planning_reseeds_nothing(tiny: Tiny, monkeypatch):
+    # torch.manual_seed reseeds the GPUs as well: after it, every rank would draw the same noise.
+    for seeded in ("torch.manual_seed", "torch.cuda.manual_seed_all", "torch.cuda.manual_seed"):
+        monkeypatch.setattr(seeded, lambda seed, said=seeded: pytest.fail(f"{said}({seed}) was called"))
+    model = tiny.build()
+    state = torch.get_rng_state()
+    opendit.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+AMBIENT = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta device": lambda: torch.device("meta"),
+}
+
+
+@first_of_each_family
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_planning_does_not_depend_on_the_callers_modes(tiny: Tiny, ambient):
+    model = build(tiny)
+    edits = [(e.fqn, e.mixin) for e in opendit.explain(model, file=io.StringIO()).edits]
+    with AMBIENT[ambient]():
+        opendit.accelerate(model)
+    assert [(e.fqn, e.mixin) for e in opendit.explain(model, file=io.StringIO()).edits] == edits
 
 
 @each_model

@@ -20,9 +20,9 @@ from opendit.attention import attend
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from opendit.kernels.layernorm_modulate import layernorm_modulate
-from opendit.patch.core import Patched, hooked, linear_dtype
+from opendit.patch.core import FusedNorms, Patched, hooked, untouched
 from opendit.patch.planner import Planner, has, plain_layernorm
-from opendit.patch.probe import StandIn
+from opendit.patch.probe import StandIn, reads_low_precision
 from opendit.patch.registry import Family, Trait
 
 _MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
@@ -35,9 +35,10 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-class FusedBlock(Patched):
+class FusedBlock(FusedNorms):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
+    uses = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
     norm1: Any
     attn1: nn.Module
     norm3: nn.LayerNorm
@@ -61,8 +62,10 @@ class FusedBlock(Patched):
             if any(o is not None for o in others) or cross_attention_kwargs
             else "the feed-forward is chunked"
             if self._chunk_size is not None
-            else "hooks on its norms"
-            if hooked(self.norm1, self.norm1.norm, self.norm3)
+            else "something was put on or in place of its norms"
+            if hooked(self.norm1) or not untouched(self.norm1.norm, self.norm3)
+            else "the condition is not one row per sample"
+            if timestep is None or class_labels is None or len(class_labels) != len(hidden_states)
             else None
         )
         if reason is not None:
@@ -86,7 +89,7 @@ class FusedBlock(Patched):
             shift_a,
             scale_a,
             eps=self.norm1.norm.eps,
-            out_dtype=linear_dtype(x),
+            out_dtype=self._sublayer_dtype(x),
             backend=self._kernel("layernorm_modulate"),
         )
         x, h = gate_residual_layernorm_modulate(
@@ -98,15 +101,22 @@ class FusedBlock(Patched):
             weight=self.norm3.weight,
             bias=self.norm3.bias,
             eps=self.norm3.eps,
-            out_dtype=linear_dtype(x),
+            out_dtype=self._sublayer_dtype(x),
             backend=self._kernel("gate_residual_layernorm_modulate"),
         )
         return gate_residual(x, self.ff(h), gate_m, backend=self._kernel("gate_residual"))
 
 
+class FusedBlockInFull(FusedBlock):
+    """The same for sublayers that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
 class DispatchedAttention(Patched):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 
+    uses = ("attention",)
     heads: int
     processor: object
     to_q: nn.Module
@@ -156,11 +166,12 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         planner.keep(name, "its norms are not torch's LayerNorm over the last dimension")
     else:
         width = block.norm1.norm.normalized_shape[0]
+        low = all(planner.once(reads_low_precision, sublayer, width) for sublayer in (block.attn1, block.ff))
         classes = block.norm1.emb.class_embedder.num_classes
         planner.offer(
             name,
             block,
-            FusedBlock,
+            FusedBlock if low else FusedBlockInFull,
             "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
             lambda dtype: (
                 torch.randn(2, 3, width, dtype=dtype),
@@ -192,7 +203,10 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
             attn,
             DispatchedAttention,
             "q, k, v go to the chosen attention backend",
-            lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+            [
+                lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+                lambda dtype: (torch.randn(1, 133, width, dtype=dtype),),
+            ],
         )
 
 

@@ -19,27 +19,33 @@ from opendit.attention import attend
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from opendit.kernels.layernorm_modulate import layernorm_modulate
-from opendit.patch.core import Patched, hooked, linear_dtype
+from opendit.patch.core import FusedNorms, Patched, hooked, untouched
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
-from opendit.patch.probe import StandIn
+from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
 from opendit.patch.registry import Family, Trait
 
 _BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 _HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
+# What timm's Attention of any version stores on itself; anything else might change what it computes, now or later.
+_ATTENTION_ATTRIBUTES = {"num_heads", "head_dim", "attn_dim", "scale", "fused_attn", "gate", "norm"}
 
 
-class FusedBlock(Patched):
+class FusedBlock(FusedNorms):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
+    uses = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
     norm1: nn.LayerNorm
     attn: nn.Module
     norm2: nn.LayerNorm
     mlp: nn.Module
     adaLN_modulation: nn.Module
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        if hooked(self.norm1, self.norm2):
-            return self._upstream("hooks on its norms", x, c)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        reason = _unusual(values, self.norm1, self.norm2)
+        if values is None or reason is not None:
+            return self._upstream(reason or "other arguments were given", *args, **kwargs)
+        x, c = values
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         h = layernorm_modulate(
             x,
@@ -48,7 +54,7 @@ class FusedBlock(Patched):
             weight=self.norm1.weight,
             bias=self.norm1.bias,
             eps=self.norm1.eps,
-            out_dtype=linear_dtype(x),
+            out_dtype=self._sublayer_dtype(x),
             backend=self._kernel("layernorm_modulate"),
         )
         x, h = gate_residual_layernorm_modulate(
@@ -60,7 +66,7 @@ class FusedBlock(Patched):
             weight=self.norm2.weight,
             bias=self.norm2.bias,
             eps=self.norm2.eps,
-            out_dtype=linear_dtype(x),
+            out_dtype=self._sublayer_dtype(x),
             backend=self._kernel("gate_residual_layernorm_modulate"),
         )
         return gate_residual(x, self.mlp(h), gate_m, backend=self._kernel("gate_residual"))
@@ -69,6 +75,7 @@ class FusedBlock(Patched):
 class DispatchedAttention(Patched):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
+    uses = ("attention",)
     num_heads: int
     training: bool
     qkv: nn.Linear
@@ -83,6 +90,8 @@ class DispatchedAttention(Patched):
             return self._upstream("a mask was given", x, *args, **kwargs)
         if self.training and self.attn_drop.p:
             return self._upstream("dropout active in attention", x)
+        if hooked(self.attn_drop):
+            return self._upstream("a hook on its attention weights", x)
         B, L, _ = x.shape
         qkv = self.qkv(x)
         q, k, v = qkv.view(B, L, 3, self.num_heads, qkv.shape[-1] // (3 * self.num_heads)).unbind(2)
@@ -92,16 +101,26 @@ class DispatchedAttention(Patched):
         return self.proj_drop(self.proj(out.flatten(2)))
 
 
-class FusedHead(Patched):
+class FusedBlockInFull(FusedBlock):
+    """The same for sublayers that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
+class FusedHead(FusedNorms):
     """The final layer with LayerNorm+modulate in one pass."""
 
+    uses = ("layernorm_modulate",)
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Module
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        if hooked(self.norm_final):
-            return self._upstream("hooks on its norm", x, c)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        reason = _unusual(values, self.norm_final)
+        if values is None or reason is not None:
+            return self._upstream(reason or "other arguments were given", *args, **kwargs)
+        x, c = values
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         h = layernorm_modulate(
             x,
@@ -110,10 +129,25 @@ class FusedHead(Patched):
             weight=self.norm_final.weight,
             bias=self.norm_final.bias,
             eps=self.norm_final.eps,
-            out_dtype=linear_dtype(x),
+            out_dtype=self._sublayer_dtype(x),
             backend=self._kernel("layernorm_modulate"),
         )
         return self.linear(h)
+
+
+class FusedHeadInFull(FusedHead):
+    """The same for a linear that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
+def _unusual(values: tuple[Any, ...] | None, *norms: nn.Module) -> str | None:
+    """Why upstream's forward must run instead of the fused one, this time."""
+    if not untouched(*norms):
+        return "something was put on or in place of its norms"
+    if values is not None and (values[1].dim() != 2 or values[1].shape[0] != values[0].shape[0]):
+        return "the condition is not one row per sample"
+    return None
 
 
 class AnyDtypeTimesteps(Patched):
@@ -123,7 +157,11 @@ class AnyDtypeTimesteps(Patched):
     frequency_embedding_size: int
     timestep_embedding: Callable[..., torch.Tensor]
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        if values is None:
+            return self._upstream("other arguments were given", *args, **kwargs)
+        (t,) = values
         sinusoid = self.timestep_embedding(t, self.frequency_embedding_size)
         first: Any = self.mlp[0]
         return self.mlp(sinusoid.to(first.weight.dtype))
@@ -136,7 +174,12 @@ def plan(model: Any, planner: Planner) -> None:
         _plan_attention(planner, f"{name}.attn", block.attn)
         planner.keep(f"{name}.mlp", "two linears and a GELU: no kernel of ours beats torch's here yet")
     _plan_head(planner, model.final_layer)
-    if planner.edits and has(model, "t_embedder.mlp", "t_embedder.frequency_embedding_size"):
+    if (
+        planner.edits
+        and has(model, "t_embedder.mlp", "t_embedder.frequency_embedding_size", "t_embedder.timestep_embedding")
+        and len(parameters_of_forward(model.t_embedder)) == 1
+        and set(own_attributes(model.t_embedder)) == {"frequency_embedding_size"}
+    ):
         planner.offer(
             "t_embedder",
             model.t_embedder,
@@ -155,20 +198,28 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         planner.keep(name, "its norms are not torch's LayerNorm over one same dimension")
     elif len(parameters_of_forward(block)) != 2:
         planner.keep(name, f"its forward takes ({', '.join(parameters_of_forward(block))}), not tokens and condition")
+    elif own_attributes(block):
+        planner.keep(name, f"its forward may read what it stores: {', '.join(own_attributes(block))}")
     else:
+        low = all(planner.once(reads_low_precision, sublayer, width) for sublayer in (block.attn, block.mlp))
         planner.offer(
             name,
             block,
-            FusedBlock,
+            FusedBlock if low else FusedBlockInFull,
             "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
-            lambda dtype: (torch.randn(2, 3, width, dtype=dtype), torch.randn(2, width, dtype=dtype)),
+            [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
             bypassed=(block.norm1, block.norm2),
             stand_ins={"attn": StandIn(width), "mlp": StandIn(width)},
         )
 
 
+def _tokens_and_condition(length: int, width: int) -> Inputs:
+    return lambda dtype: (torch.randn(2, length, width, dtype=dtype), torch.randn(2, width, dtype=dtype))
+
+
 def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
     dropout = getattr(getattr(attn, "attn_drop", None), "p", None)
+    unknown = set(own_attributes(attn)) - _ATTENTION_ATTRIBUTES
     if not has(attn, "num_heads", "qkv.weight", "proj", "attn_drop", "proj_drop"):
         planner.keep(name, "it is not built like timm's Attention (num_heads, qkv, attn_drop, proj, proj_drop)")
     elif dropout is None or dropout > 0:
@@ -177,6 +228,8 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
         planner.keep(name, "it gates its output")
     elif not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
         planner.keep(name, "it normalises its output")
+    elif unknown:
+        planner.keep(name, f"its forward may read what it stores: {', '.join(sorted(unknown))}")
     else:
         width = attn.qkv.weight.shape[1]
         planner.offer(
@@ -184,22 +237,29 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
             attn,
             DispatchedAttention,
             "q, k, v go to the chosen attention backend",
-            lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+            [
+                lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
+                lambda dtype: (torch.randn(1, 133, width, dtype=dtype),),
+            ],
             bypassed=(attn.attn_drop,),
         )
 
 
 def _plan_head(planner: Planner, head: Any) -> None:
-    if set(dict(head.named_children())) != _HEAD_PARTS or not plain_layernorm(head.norm_final):
-        planner.keep("final_layer", f"its parts are not {', '.join(sorted(_HEAD_PARTS))} with torch's LayerNorm")
+    parts = set(dict(head.named_children()))
+    if parts != _HEAD_PARTS or not plain_layernorm(head.norm_final) or len(parameters_of_forward(head)) != 2:
+        planner.keep("final_layer", f"it is not {', '.join(sorted(_HEAD_PARTS))} with torch's LayerNorm on (x, c)")
+        return
+    if own_attributes(head):
+        planner.keep("final_layer", f"its forward may read what it stores: {', '.join(own_attributes(head))}")
         return
     width = head.norm_final.normalized_shape[0]
     planner.offer(
         "final_layer",
         head,
-        FusedHead,
+        FusedHead if planner.once(reads_low_precision, head.linear, width) else FusedHeadInFull,
         "LayerNorm+modulate: one pass",
-        lambda dtype: (torch.randn(2, 3, width, dtype=dtype), torch.randn(2, width, dtype=dtype)),
+        [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
         bypassed=(head.norm_final,),
     )
 
