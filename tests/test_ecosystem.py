@@ -49,6 +49,38 @@ def test_ddp(one_process_group, order):
     assert relative_errors(actual, expected) == dict.fromkeys(expected, 0.0)
 
 
+def _one_of_two(rank: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = DistributedDataParallel(opendit.accelerate(build(DIT, torch.float64)).eval())
+    x, t, y = _four_samples()
+    half = slice(2 * rank, 2 * rank + 2)
+    model(x[half], t[half], y[half]).square().mean().backward()
+    if rank == 0:
+        results.update({n: p.grad.clone() for n, p in model.module.named_parameters() if p.grad is not None})
+    dist.barrier()
+    del model
+    dist.destroy_process_group()
+
+
+def _four_samples():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, 6, 6, generator=generator, dtype=torch.float64)
+    return x, torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
+
+
+def test_ddp_over_two_processes_is_one_process_on_the_whole_batch(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "store"), results), nprocs=2)
+        actual = dict(results)
+    model = build(DIT, torch.float64).eval()
+    model(*_four_samples()).square().mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    error, name = worst(actual, expected)
+    assert error <= 1e-10, name
+
+
 def test_fully_shard_on_top(one_process_group):
     from torch.distributed.fsdp import fully_shard
 
