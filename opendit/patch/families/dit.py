@@ -92,9 +92,7 @@ class DispatchedAttention(Patched):
             return self._upstream("dropout active in attention", x)
         if hooked(self.attn_drop):
             return self._upstream("a hook on its attention weights", x)
-        B, L, _ = x.shape
-        qkv = self.qkv(x)
-        q, k, v = qkv.view(B, L, 3, self.num_heads, qkv.shape[-1] // (3 * self.num_heads)).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if hasattr(self, "q_norm"):  # absent in old timm
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, backend=self._opendit_attention)
