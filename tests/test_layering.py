@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "opendit.attention": set(),
     "opendit.kernels": set(),
     "opendit.patch": set(),
+    "opendit.patch.adaln": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
 }

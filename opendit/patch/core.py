@@ -233,17 +233,3 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-class FusedNorms(Patched):
-    """Base of mixins that hand a fused LayerNorm's output to a sublayer.
-
-    Under autocast upstream hands on fp32, and the sublayer's first Linear casts it. Where the planner has seen that the
-    sublayers do the same with an input that is cast already, the fused pass writes it so.
-    """
-
-    casts_for_linear: ClassVar[bool] = True
-
-    def _sublayer_dtype(self, x: torch.Tensor) -> torch.dtype | None:
-        lower = autocast_dtype(x)
-        return lower if lower is None or self.casts_for_linear else torch.float32

@@ -213,6 +213,11 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
     [
         (["--steps", "0"], "--steps: '0' is not a whole number above 0"),
         (["--steps", "many"], "'many' is not a whole number"),
+        (["--steps", "9" * 5000], "is more than 1000000000"),
+        (["--seed", "1" * 25], f"--seed: {'1' * 25} is more than {2**63 - 1}"),
+        (["--seed", 2**63], f"--seed: {2**63} is more than {2**63 - 1}"),
+        (["--seed", "-1"], "--seed: '-1' is not a whole number"),
+        (["--num-classes", "99999999999"], "--num-classes: 99999999999 is more than 1000000"),
         (["--lr", "nan"], "'nan' is not a number above 0"),
         (["--ema-decay", "1"], "--ema-decay"),
         (["--model", "DiT-XXL/2"], "DiT-XXL/2"),
@@ -275,6 +280,23 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     assert "does not hold a DiT's tensors" in said("--checkpoint", pickled)
     assert "knows 0 … 9" in said("--checkpoint", trained, "--classes", 10)
     assert "takes heun or euler" in said("--checkpoint", trained, "--sampler", "ddim")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_sample_looks_at_its_output_before_it_draws(monkeypatch, capsys, trained, tmp_path):
+    def said(out) -> str:
+        return mistake(monkeypatch, capsys, "sample", "--checkpoint", trained, "--device", "cpu", "--out", out)
+
+    monkeypatch.setattr("examples.image.sample.sample", None)
+    monkeypatch.chdir(tmp_path)
+    for out in ("x.xyz", "x", tmp_path):
+        assert "does not end in one of .bmp, .jpeg, .jpg, .png" in said(out)
+    assert "the path is empty" in said("")
+    (tmp_path / "folder.png").mkdir()
+    assert "Is a directory" in said("folder.png")
+    (tmp_path / "file").touch()
+    assert "file" in said("file/x.png")
+    assert "more than" in mistake(monkeypatch, capsys, "sample", "--checkpoint", trained, "--seed", "1" * 25)
 
 
 def test_mistakes_in_a_real_process_exit_with_2_and_one_line(tmp_path):

@@ -17,10 +17,8 @@ import torch
 from torch import nn
 
 from opendit.attention import attend
-from opendit.kernels.gate_residual import gate_residual
-from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
-from opendit.kernels.layernorm_modulate import layernorm_modulate
-from opendit.patch.core import FusedNorms, Patched, hooked, untouched
+from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
+from opendit.patch.core import Patched, hooked, untouched
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import StandIn, reads_low_precision
 from opendit.patch.registry import Family, Trait
@@ -35,10 +33,10 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-class FusedBlock(FusedNorms):
+class FusedBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
-    uses = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
+    uses = BLOCK_KERNELS
     norm1: Any
     attn1: nn.Module
     norm3: nn.LayerNorm
@@ -83,28 +81,7 @@ class FusedBlock(FusedNorms):
         x = hidden_states
         c = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
         modulation = self.norm1.linear(self.norm1.silu(c))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
-        h = layernorm_modulate(
-            x,
-            shift_a,
-            scale_a,
-            eps=self.norm1.norm.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("layernorm_modulate"),
-        )
-        x, h = gate_residual_layernorm_modulate(
-            x,
-            self.attn1(h),
-            gate_a,
-            shift_m,
-            scale_m,
-            weight=self.norm3.weight,
-            bias=self.norm3.bias,
-            eps=self.norm3.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("gate_residual_layernorm_modulate"),
-        )
-        return gate_residual(x, self.ff(h), gate_m, backend=self._kernel("gate_residual"))
+        return self._block(x, modulation, self.norm1.norm, self.attn1, self.norm3, self.ff)
 
 
 class FusedBlockInFull(FusedBlock):

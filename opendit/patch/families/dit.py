@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from opendit.attention import attend
-from opendit.kernels.gate_residual import gate_residual
-from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
-from opendit.kernels.layernorm_modulate import layernorm_modulate
-from opendit.patch.core import FusedNorms, Patched, hooked, untouched
+from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
+from opendit.patch.core import Patched, hooked, untouched
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
 from opendit.patch.registry import Family, Trait
@@ -30,10 +28,10 @@ _HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
 _ATTENTION_ATTRIBUTES = {"num_heads", "head_dim", "attn_dim", "scale", "fused_attn", "gate", "norm"}
 
 
-class FusedBlock(FusedNorms):
+class FusedBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
-    uses = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
+    uses = BLOCK_KERNELS
     norm1: nn.LayerNorm
     attn: nn.Module
     norm2: nn.LayerNorm
@@ -46,30 +44,13 @@ class FusedBlock(FusedNorms):
         if values is None or reason is not None:
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        h = layernorm_modulate(
-            x,
-            shift_a,
-            scale_a,
-            weight=self.norm1.weight,
-            bias=self.norm1.bias,
-            eps=self.norm1.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("layernorm_modulate"),
-        )
-        x, h = gate_residual_layernorm_modulate(
-            x,
-            self.attn(h),
-            gate_a,
-            shift_m,
-            scale_m,
-            weight=self.norm2.weight,
-            bias=self.norm2.bias,
-            eps=self.norm2.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("gate_residual_layernorm_modulate"),
-        )
-        return gate_residual(x, self.mlp(h), gate_m, backend=self._kernel("gate_residual"))
+        return self._block(x, self.adaLN_modulation(c), self.norm1, self.attn, self.norm2, self.mlp)
+
+
+class FusedBlockInFull(FusedBlock):
+    """The same for sublayers that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
 
 
 class DispatchedAttention(Patched):
@@ -99,13 +80,7 @@ class DispatchedAttention(Patched):
         return self.proj_drop(self.proj(out.flatten(2)))
 
 
-class FusedBlockInFull(FusedBlock):
-    """The same for sublayers that must be given upstream's fp32 under autocast."""
-
-    casts_for_linear = False
-
-
-class FusedHead(FusedNorms):
+class FusedHead(FusedAdaLN):
     """The final layer with LayerNorm+modulate in one pass."""
 
     uses = ("layernorm_modulate",)
@@ -120,17 +95,7 @@ class FusedHead(FusedNorms):
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        h = layernorm_modulate(
-            x,
-            shift,
-            scale,
-            weight=self.norm_final.weight,
-            bias=self.norm_final.bias,
-            eps=self.norm_final.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("layernorm_modulate"),
-        )
-        return self.linear(h)
+        return self.linear(self._modulated(x, self.norm_final, shift, scale))
 
 
 class FusedHeadInFull(FusedHead):
