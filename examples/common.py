@@ -7,8 +7,10 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,13 @@ class OneLineParser(argparse.ArgumentParser):
     """A mistake on the command line costs one line and exit code 2; `--help` has the rest."""
 
     def error(self, message: str):
-        # Under torchrun every process sees the same mistake; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Most mistakes are every process's: rank 0 speaks first, and torchrun ends the others before they do too.
+            # What only this process sees, such as a GPU that is not there, is said a little later.
+            time.sleep(2)
+            message = f"rank {rank}: {message}"
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
     @contextlib.contextmanager
@@ -33,15 +39,17 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(str(error))
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def positive_int(text: str, limit: int = 10**9) -> int:
+    if (number := whole_number(text, limit)) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return number
 
 
-def whole_number(text: str) -> int:
+def whole_number(text: str, limit: int = 10**9) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if len(text) > 100 or int(text) > limit:  # int() itself refuses thousands of digits
+        raise argparse.ArgumentTypeError(f"{text[:100]} is more than {limit}")
     return int(text)
 
 
@@ -53,6 +61,22 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def named_path(text: str) -> Path:
+    """For Path("") is the current folder, which nobody asked for."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def check_writable(path: Path) -> None:
+    """An OSError now rather than after the work; leaves no file that was not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -68,22 +92,28 @@ class Process:
         return self.rank == 0
 
 
-def start_process(device: str = "auto") -> Process:
-    """One process per GPU under torchrun, else one process; `device` may insist on cpu or cuda."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    gpus = torch.cuda.device_count()
+def pick_device(device: str = "auto") -> torch.device:
+    """This process's GPU if there is one, else the CPU; `device` may insist on cpu or cuda."""
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device == "cuda" and gpus == 0:
         raise ValueError("--device cuda: torch sees no CUDA device here")
-    use_gpu = gpus > 0 and device != "cpu"
-    if use_gpu and local_rank >= gpus:
+    if gpus == 0 or device == "cpu":
+        return torch.device("cpu")
+    if local_rank >= gpus:
         raise ValueError(f"torchrun started more processes than there are GPUs ({gpus}); lower --nproc_per_node")
-    place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
-    if use_gpu:
-        torch.cuda.set_device(place)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_gpu else "gloo", device_id=place if use_gpu else None)
-    return Process(rank, world, place)
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
+
+
+def start_process(device: str = "auto") -> Process:
+    """Under torchrun, one process per GPU, joined in a group; else this process alone."""
+    place = pick_device(device)
+    if "RANK" not in os.environ:
+        return Process(0, 1, place)
+    on_gpu = place.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+    return Process(dist.get_rank(), dist.get_world_size(), place)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

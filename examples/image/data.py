@@ -61,6 +61,8 @@ class ImageFolder(Dataset):
     channels = 3
 
     def __init__(self, root: Path, image_size: int, flip: bool = True):
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"--data {root} is a file; it takes a folder with a sub-folder per class")
         if not root.is_dir():
             raise ValueError(f"data folder {root} does not exist")
         folders = sorted(path for path in root.iterdir() if path.is_dir())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from examples.common import OneLineParser, positive_float, positive_int, whole_number
+from examples.common import OneLineParser, named_path, positive_float, positive_int, whole_number
 from examples.diffusion import OBJECTIVES
 from examples.image.data import Digits, ImageFolder
 from examples.models.dit import DIT_MODELS
@@ -23,21 +25,21 @@ def add_booster_options(parser: OneLineParser) -> None:
 def add_device_options(parser: OneLineParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on GPUs")
-    parser.add_argument("--seed", type=whole_number, default=0)
+    parser.add_argument("--seed", type=partial(whole_number, limit=2**63 - 1), default=0)
 
 
 def parse_train_options(parser: OneLineParser) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", default="digits", metavar="FOLDER", help="'digits', or a folder with a sub-folder per class")
-    add("--image-size", type=positive_int, help="side in pixels (default: digits 8, folders 64)")
+    add("--image-size", type=partial(positive_int, limit=4096), help="side in pixels (default: digits 8, folders 64)")
     add("--no-flip", action="store_true", help="folders: no random left-right flips")
-    add("--workers", type=whole_number, default=0, help="folders: processes that load images")
+    add("--workers", type=partial(whole_number, limit=1024), default=0, help="folders: processes that load images")
 
     add("--model", default="DiT-Digits/2", choices=sorted(DIT_MODELS), metavar="DiT-SIZE/PATCH")
-    add("--depth", type=positive_int, help="other than the model's own")
-    add("--hidden-size", type=positive_int, help="other than the model's own")
+    add("--depth", type=partial(positive_int, limit=1000), help="other than the model's own")
+    add("--hidden-size", type=partial(positive_int, limit=16384), help="other than the model's own")
     add("--num-heads", type=positive_int, help="other than the model's own")
-    add("--num-classes", type=positive_int, help="more than the data has")
+    add("--num-classes", type=partial(positive_int, limit=1_000_000), help="more than the data has")
 
     add("--objective", default="flow", choices=sorted(OBJECTIVES))
     add("--steps", type=positive_int, default=1000)
@@ -51,18 +53,23 @@ def parse_train_options(parser: OneLineParser) -> argparse.Namespace:
 
     add("--cfg-scale", type=positive_float, default=2.0)
     add("--sample-steps", type=positive_int, help="default: flow 10, gaussian 50")
-    add("--outputs", type=Path, default=Path("outputs"))
+    add("--outputs", type=named_path, default=Path("outputs"))
     add("--name", help="sub-folder of --outputs (default: DATA-OBJECTIVE)")
     args = parser.parse_args()
 
     if args.ema_decay >= 1:
         parser.error("argument --ema-decay: must be below 1")
+    if not args.data:
+        parser.error("argument --data: the path is empty")
+    if args.name is not None and (args.name in ("", "..") or args.name != Path(args.name).name):
+        parser.error(f"argument --name: {args.name!r} is not the name of a sub-folder")
     if args.objective == "gaussian" and (args.sample_steps or 0) > 1000:
         parser.error("argument --sample-steps: the gaussian objective has 1000 steps")
     digits = args.data == "digits"
     args.image_size = args.image_size or (8 if digits else 64)
     args.sample_steps = args.sample_steps or {"flow": 10, "gaussian": 50}[args.objective]
-    args.name = args.name or f"{'digits' if digits else Path(args.data).resolve().name}-{args.objective}"
+    if args.name is None:
+        args.name = f"{'digits' if digits else os.path.basename(os.path.abspath(args.data))}-{args.objective}"
     return args
 
 

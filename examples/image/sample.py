@@ -6,9 +6,11 @@ decoder that is not part of this example: the latents are saved beside a picture
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `examples`
@@ -18,11 +20,28 @@ import torch
 from safetensors.torch import save_file
 
 import opendit
-from examples.common import OneLineParser, autocast, positive_float, positive_int, start_process, whole_number
+from examples.common import (
+    OneLineParser,
+    autocast,
+    check_writable,
+    named_path,
+    pick_device,
+    positive_float,
+    positive_int,
+    whole_number,
+)
 from examples.diffusion import SAMPLERS, sample
+from examples.image.data import EXTENSIONS
 from examples.image.options import add_booster_options, add_device_options
 from examples.image.report import save_grid
 from examples.models.checkpoint import load_checkpoint
+
+
+def picture_path(text: str) -> Path:
+    path = named_path(text)
+    if path.suffix.lower() not in EXTENSIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in one of {', '.join(sorted(EXTENSIONS))}")
+    return path
 
 
 def main() -> None:
@@ -30,17 +49,17 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a folder written by train.py, a .safetensors or a .pt file")
     add("--classes", type=whole_number, nargs="+", help="class numbers, one row each (default: the first ten)")
-    add("--per-class", type=positive_int, default=10)
+    add("--per-class", type=partial(positive_int, limit=10_000), default=10)
     add("--cfg-scale", type=positive_float, help="default: 2 for pixels, 4 for latents; 1: no guidance")
     add("--sampler", choices=sorted(sum(SAMPLERS.values(), ())), help="default: flow heun, gaussian ddim")
     add("--steps", type=positive_int, help="default: flow 10, gaussian 50")
-    add("--out", type=Path, default=Path("samples.png"))
+    add("--out", type=picture_path, default=Path("samples.png"), help="a .png, .jpg, … (default: samples.png)")
     add_device_options(parser)
     add_booster_options(parser)
     args = parser.parse_args()
 
     with parser.explain_mistakes():
-        device = start_process(args.device).device
+        device = pick_device(args.device)
         on_gpu = device.type == "cuda"
         model, config = load_checkpoint(args.checkpoint)
         objective, pixels = config["objective"], config["pixels"]
@@ -53,14 +72,14 @@ def main() -> None:
         classes = args.classes or list(range(min(10, model.num_classes)))
         if max(classes) >= model.num_classes:
             raise ValueError(f"--classes {max(classes)}: the checkpoint knows 0 … {model.num_classes - 1}")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.touch()
-
         compile = on_gpu if args.compile is None else args.compile
         booster = opendit.BoosterConfig(kernels=args.kernels, attention=args.attention, compile=compile)
         model = model.to(device)
         if not args.no_accelerate:
             model = opendit.accelerate(model, booster)  # all that opendit asks for
+        latents_path = args.out.with_suffix(".safetensors")
+        for path in [args.out] if pixels else [args.out, latents_path]:
+            check_writable(path)
 
     labels = torch.tensor(classes, device=device).repeat_interleave(args.per_class)
     start = time.perf_counter()
@@ -78,10 +97,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     if not pixels:
-        save_file({"latents": images, "classes": labels.cpu()}, args.out.with_suffix(".safetensors"))
+        save_file({"latents": images, "classes": labels.cpu()}, latents_path)
         images = images / images.abs().amax(dim=(1, 2, 3), keepdim=True)
-        print(f"these are latents: {args.out.with_suffix('.safetensors')} holds them for an image decoder")
-    save_grid(args.out, images, columns=args.per_class)
+        print(f"these are latents: {latents_path} holds them for an image decoder")
+    with parser.explain_mistakes():  # a format may have a largest size
+        save_grid(args.out, images, columns=args.per_class)
     print(f"wrote {args.out}: {len(labels)} images, {sampler} {steps} steps, {seconds:.1f} s on {device}")
 
 

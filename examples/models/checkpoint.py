@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.diffusion import OBJECTIVES
 from examples.models.convert import count_blocks
 from examples.models.dit import DIT_MODELS, DiT
 
@@ -38,7 +39,7 @@ def load_checkpoint(path: Path) -> tuple[DiT, dict[str, Any]]:
     try:
         model = DiT(**config["model"])
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"checkpoint {path} does not fit a DiT: {error}") from error
     return model.eval(), config
 
@@ -50,11 +51,19 @@ def _read_ours(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"checkpoint {path} is not a safetensors file: {error}") from error
     beside = path.with_name("config.json")
     try:
-        return state, json.loads(beside.read_text())
+        config = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} has no config.json beside it") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{beside} is not JSON: {error}") from error
+    for key, kind in {"model": dict, "objective": str, "pixels": bool}.items():
+        if not isinstance(config, dict) or key not in config:
+            raise ValueError(f"{beside} has no {key!r}")
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{beside}: {key!r} is {config[key]!r}, which is no {kind.__name__}")
+    if config["objective"] not in OBJECTIVES:
+        raise ValueError(f"{beside}: 'objective' is {config['objective']!r}; there are {', '.join(OBJECTIVES)}")
+    return state, config
 
 
 def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -228,6 +228,13 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
         (["--num-classes", "3"], "the data has 10 classes"),
         (["--batch-size", "100000"], "--batch-size 100000"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--data", __file__], "test_scripts.py is a file"),
+        (["--data", ""], "--data: the path is empty"),
+        (["--outputs", ""], "--outputs: the path is empty"),
+        (["--name", "/etc/zz"], "--name: '/etc/zz' is not the name of a sub-folder"),
+        (["--name", ".."], "--name: '..' is not"),
+        (["--name", "."], "--name: '.' is not"),
+        (["--name", ""], "--name: '' is not"),
         (["--kernels", "magic"], "magic"),
         (["--attention", "magic"], "magic"),
         (["--objective", "gaussian", "--sample-steps", "2000"], "1000"),
@@ -275,6 +282,21 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     assert "no config.json" in said("--checkpoint", lonely)
     lonely.with_name("config.json").write_text('{"model": {"depth": 9}, "objective": "flow", "pixels": true}')
     assert "does not fit a DiT" in said("--checkpoint", lonely)
+    whole = json.loads((trained / "config.json").read_text())
+    for change, words in (
+        ({"objective": None}, "config.json: 'objective' is None, which is no str"),
+        ({"objective": "magic"}, "config.json: 'objective' is 'magic'; there are flow, gaussian"),
+        ({"pixels": "yes"}, "config.json: 'pixels' is 'yes', which is no bool"),
+        ({"model": {**whole["model"], "num_heads": 0}}, "does not fit a DiT"),
+    ):
+        lonely.with_name("config.json").write_text(json.dumps({**whole, **change}))
+        assert words in said("--checkpoint", lonely)
+    for key in ("model", "objective", "pixels"):
+        lacking = {name: value for name, value in whole.items() if name != key}
+        lonely.with_name("config.json").write_text(json.dumps(lacking))
+        assert f"config.json has no '{key}'" in said("--checkpoint", lonely)
+    lonely.with_name("config.json").write_bytes(b"\xff")
+    assert "is not JSON" in said("--checkpoint", lonely)
     pickled = tmp_path / "bad.pt"
     torch.save({"model": ROOT}, pickled)
     assert "does not hold a DiT's tensors" in said("--checkpoint", pickled)
