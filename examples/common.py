@@ -150,6 +150,22 @@ def gather_lists(mine: list[str]) -> list[str]:
     return sorted(set().union(*everyone))
 
 
+def mean_over_processes(value: Tensor) -> float:
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+def stop_if_any(problem: str) -> None:
+    """When any process has a problem, all end with exit code 1, and rank 0 says it. DDP models are dropped by now."""
+    if problems := gather_lists([problem] if problem else []):
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        stop_process()
+        sys.exit(problems[0] if is_main else 1)
+
+
 class Ema:
     """Running mean of a model's weights: shadow ← decay·shadow + (1 − decay)·weight, one foreach call per step."""
 

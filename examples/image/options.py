@@ -18,8 +18,13 @@ def add_booster_options(parser: OneLineParser) -> None:
     group = parser.add_argument_group("opendit")
     group.add_argument("--kernels", default="auto", help="auto, triton or reference")
     group.add_argument("--attention", default="auto", help="auto, or the name of a backend")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile each block (default: on GPUs)")
-    group.add_argument("--no-accelerate", action="store_true", help="run the model as it is")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="opendit's torch.compile of each block (default: on GPUs)",
+    )
+    group.add_argument("--no-accelerate", action="store_true", help="run the model as it is, and not compiled")
+    group.add_argument("--explain", action="store_true", help="print what opendit changed in the model, and why")
 
 
 def add_device_options(parser: OneLineParser) -> None:

@@ -48,21 +48,18 @@ def save_loss_curve(path: Path, losses: list[float]) -> None:
     plt.close(figure)
 
 
-def sample_and_judge(
-    args: argparse.Namespace, config: dict[str, Any], state: dict[str, Tensor], path: Path, device: torch.device
-) -> dict[str, float]:
-    """A grid with one row per class (the first ten) from the averaged weights; digits are also classified."""
-    model = DiT(**config)
-    model.load_state_dict(state)
-    model = model.to(device).eval()
+def sample_and_judge(args: argparse.Namespace, model: DiT, path: Path, device: torch.device) -> dict[str, float]:
+    """A grid with one row per class (the first ten); digits are also classified."""
     digits = args.data == "digits"
-    rows, per_class = min(10, config["num_classes"]), 20 if digits else 8
+    rows, per_class = min(10, model.num_classes), 20 if digits else 8
     labels = torch.arange(rows, device=device).repeat_interleave(per_class)
     sampler = SAMPLERS[args.objective][0]
     with autocast(device, args.precision):
         images = sample(
             model, labels, sampler=sampler, steps=args.sample_steps, cfg_scale=args.cfg_scale, seed=args.seed
         )
+    if not images.isfinite().all():
+        raise FloatingPointError("the generated images are not finite; try a lower --lr or --cfg-scale")
     columns = min(10, per_class)
     shown = images.view(rows, per_class, *images.shape[1:])[:, :columns].flatten(0, 1)
     save_grid(path, shown, columns)

@@ -58,6 +58,11 @@ def main() -> None:
     add_booster_options(parser)
     args = parser.parse_args()
 
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        if os.environ["RANK"] != "0":
+            return
+        print(f"one process draws all images; the other {world - 1} that torchrun started have nothing to do")
+
     with parser.explain_mistakes():
         device = pick_device(args.device)
         on_gpu = device.type == "cuda"
@@ -81,6 +86,8 @@ def main() -> None:
         for path in [args.out] if pixels else [args.out, latents_path]:
             check_writable(path)
 
+    if args.explain:
+        opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
     labels = torch.tensor(classes, device=device).repeat_interleave(args.per_class)
     start = time.perf_counter()
     with autocast(device, ("bf16" if on_gpu else "fp32") if args.precision == "auto" else args.precision):
@@ -95,6 +102,8 @@ def main() -> None:
             guided_channels=None if pixels else 3,  # as the published samples were made
         ).cpu()
     seconds = time.perf_counter() - start
+    if not images.isfinite().all():
+        sys.exit("the images are not finite and were not saved; try a lower --cfg-scale")
 
     if not pixels:
         save_file({"latents": images, "classes": labels.cpu()}, latents_path)

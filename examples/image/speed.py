@@ -114,7 +114,12 @@ def format_table(rows: list[dict[str, Any]], loss_steps: int) -> str:
             ]
         )
     widths = [max(len(line[i]) for line in lines if not line[1].startswith("did not")) for i in range(len(head))]
-    return "\n".join(
+    table = "\n".join(
         "  ".join([line[0].ljust(max(widths[0], 14))] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)])
         for line in lines
     )
+    if any("error" not in row and row["peak_memory_mib"] is None for row in rows):
+        table += (
+            "\npeak memory is only measured on GPUs: on a CPU the variants share one process, whose peak never falls"
+        )
+    return table

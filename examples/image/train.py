@@ -24,7 +24,17 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 import opendit
-from examples.common import Ema, OneLineParser, autocast, gather_lists, in_ddp, start_process, stop_process
+from examples.common import (
+    Ema,
+    OneLineParser,
+    autocast,
+    gather_lists,
+    in_ddp,
+    mean_over_processes,
+    start_process,
+    stop_if_any,
+    stop_process,
+)
 from examples.diffusion import OBJECTIVES
 from examples.image.data import batches
 from examples.image.options import build_dataset, model_arguments, parse_train_options
@@ -58,6 +68,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text("{}\n")  # a folder that can't be written to is better known now
 
+    if args.explain and process.is_main:
+        opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
     objective = OBJECTIVES[args.objective]().to(device)
     ema = Ema(model, args.ema_decay)
     trained = in_ddp(model, process)
@@ -81,14 +93,27 @@ def main() -> None:
         schedule.step()
         ema.update()
         if (i + 1) % 20 == 0:  # not at every step: reading the loss waits for the device
+            loss = mean_over_processes(losses[i - 19 : i + 1].mean())
             speed = (i + 1) * global_batch / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {losses[i - 19 : i + 1].mean().item():.4f}, {speed:.0f} img/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} img/s", refresh=False)
+            if not math.isfinite(loss):
+                break
+    bar.close()
     history = losses.tolist()
     seconds = time.perf_counter() - start
     del trained
-    if not math.isfinite(history[-1]):
-        first = next(i for i, loss in enumerate(history) if not math.isfinite(loss))
-        raise SystemExit(f"the loss is {history[first]} since step {first + 1}; nothing was saved, try a lower --lr")
+
+    averaged = DiT(**config).to(device).eval()
+    averaged.load_state_dict(ema.state_dict())
+    with torch.no_grad(), autocast(device, args.precision):
+        averaged_loss = objective.loss(averaged, *next(data)).item()  # the last update has no loss of its own yet
+    broken = next((i + 1 for i, loss in enumerate(history) if not math.isfinite(loss)), None)
+    problem = ""
+    if broken:
+        problem = f"the loss is {history[broken - 1]} at step {broken}"
+    elif not math.isfinite(averaged_loss) or not all(weight.isfinite().all() for weight in ema.shadow):
+        problem = "the averaged weights are useless: they or their loss are not finite"
+    stop_if_any(problem and f"training diverged: {problem}; nothing was saved, try a lower --lr")
 
     metrics = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -106,7 +131,12 @@ def main() -> None:
         settings = {"objective": args.objective, "pixels": True, "classes": dataset.classes}
         save_checkpoint(folder, ema.state_dict(), {"model": config, **settings})
         save_loss_curve(folder / "loss.png", history)
-        metrics |= sample_and_judge(args, config, ema.state_dict(), folder / "samples.png", device)
+        try:
+            metrics |= sample_and_judge(args, averaged, folder / "samples.png", device)
+        except FloatingPointError as error:
+            problem = str(error)
+    stop_if_any(problem)
+    del averaged  # the speed table measures memory
 
     if args.compare_steps:
         # From the trained weights: at its zero start a DiT's blocks do not reach the loss, and no fault would show.

@@ -151,7 +151,12 @@ def test_speed_table_compares_three_variants(tmp_path):
     assert other["max_loss_difference"] > 0
     assert broken["error"] == "RuntimeError: no compiler"
     assert all(row["ms_per_step"] > 0 and row["images_per_s"] > 0 for row in (plain, same, other))
-    assert "did not run: RuntimeError: no compiler" in format_table(rows, 4)
+    table = format_table(rows, 4)
+    assert "did not run: RuntimeError: no compiler" in table
+    assert table.endswith("share one process, whose peak never falls")
+    for row in rows[:3]:
+        row["peak_memory_mib"] = 1.0
+    assert "share one process" not in format_table(rows, 4)
 
 
 def test_opendit_trains_to_the_same_weights(tmp_path, call):
@@ -165,6 +170,64 @@ def test_opendit_trains_to_the_same_weights(tmp_path, call):
         state["blocks.0.attn.qkv.bias"][32:64] = 0
     for key, tensor in plain.items():
         torch.testing.assert_close(fast[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lr", "steps", "words"),
+    [
+        ("1e30", 1, "the averaged weights are useless"),  # before any loss has shown it
+        ("1e30", 3, "at step 2"),
+        ("1e30", 10**6, "at step 2"),  # and not a million steps later
+    ],
+)
+def test_diverged_training_stops_in_one_line_and_saves_nothing(tmp_path, call, lr, steps, words):
+    with pytest.raises(SystemExit) as stop:
+        call("train.py", *QUICK, "--lr", lr, "--steps", steps, "--outputs", tmp_path, "--name", "x")
+    assert words in stop.value.code  # a text: Python writes it to stderr and exits with 1
+    assert stop.value.code.endswith("nothing was saved, try a lower --lr")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"metrics.json"}
+
+
+def test_images_that_are_not_finite_are_not_judged(tmp_path, call):
+    with pytest.raises(SystemExit, match="generated images are not finite"):
+        call("train.py", *QUICK, "--cfg-scale", "1e38", "--outputs", tmp_path)
+
+
+def test_of_several_processes_one_samples(trained, tmp_path, call, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = ["--checkpoint", trained, "--device", "cpu", "--steps", 1, "--per-class", 1, "--no-accelerate"]
+    for rank in ("2", "0"):
+        monkeypatch.setenv("RANK", rank)
+        call("sample.py", *options, "--out", tmp_path / f"{rank}.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    assert "one process draws all images; the other 2" in capsys.readouterr().out
+
+
+def test_a_mistake_of_a_rank_above_0_is_said(monkeypatch, capsys):
+    from examples.common import OneLineParser
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    parser = OneLineParser(prog="train.py")
+    with pytest.raises(SystemExit), parser.explain_mistakes():
+        raise ValueError("no GPU is left\nfor it")
+    assert capsys.readouterr().err == "train.py: error: rank 3: no GPU is left for it\n"
+
+
+@pytest.mark.parametrize(("flags", "words"), [([], "family dit, accelerated"), (["--no-accelerate"], "would")])
+def test_explain_prints_the_plan(trained, tmp_path, call, capsys, flags, words):
+    options = ["--checkpoint", trained, "--device", "cpu", "--steps", 1, "--out", tmp_path / "x.png", *flags]
+    call("sample.py", *options, "--explain")
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--compile"], True), (["--no-compile"], False)])
+def test_compile_is_on_off_or_left_to_the_device(monkeypatch, flags, expected):
+    from examples.common import OneLineParser
+    from examples.image.options import parse_train_options
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert parse_train_options(OneLineParser()).compile is expected
 
 
 @pytest.mark.slow
