@@ -161,9 +161,10 @@ def mean_over_processes(value: Tensor) -> float:
 def stop_if_any(problem: str) -> None:
     """When any process has a problem, all end with exit code 1, and rank 0 says it. DDP models are dropped by now."""
     if problems := gather_lists([problem] if problem else []):
-        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(problems[0], file=sys.stderr, flush=True)  # before torchrun sees another process end
         stop_process()
-        sys.exit(problems[0] if is_main else 1)
+        sys.exit(1)
 
 
 class Ema:
