@@ -23,7 +23,7 @@ OptimizerT = TypeVar("OptimizerT", bound="Optimizer | OptimizerFactory | None", 
 
 KERNEL_BACKENDS = ("auto", "triton", "reference")
 
-# What each field may say once all of it is built; the first value is the default.
+# What each field may say once all of it is built. The first value is the default, and all that works so far.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "precision": ("inherit", "bf16", "fp16", "fp32", "fp8"),
     "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
@@ -31,9 +31,6 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
     "sequence_parallel": ("auto", "fastseq", "ulysses", "ring", "usp"),
     "activation_checkpointing": (False, True, "selective", "full"),
 }
-
-# Fields of which only the default works so far.
-_PENDING = frozenset(_ALLOWED)
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "train": {"compile": True},
@@ -106,7 +103,7 @@ class BoosterConfig(Generic[OptimizerT]):
             value = getattr(self, name)
             if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
                 raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
-            if name in _PENDING and value != allowed[0]:
+            if value != allowed[0]:
                 raise NotImplementedError(
                     f"{name}={value!r} is part of the interface but not implemented yet; leave {name} at {allowed[0]!r}"
                 )

@@ -222,7 +222,6 @@ class Tiny:
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.dtype, torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
-    slow: bool = False
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -55,17 +55,15 @@ class FusedBlock(FusedAdaLN):
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         others = (attention_mask, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
-        reason = (
-            "a mask or another conditioning was given"
-            if any(o is not None for o in others) or cross_attention_kwargs
-            else "the feed-forward is chunked"
-            if self._chunk_size is not None
-            else "something was put on or in place of its norms"
-            if hooked(self.norm1) or not untouched(self.norm1.norm, self.norm3)
-            else "the condition is not one row per sample"
-            if timestep is None or class_labels is None or len(class_labels) != len(hidden_states)
-            else None
-        )
+        reason = None
+        if any(o is not None for o in others) or cross_attention_kwargs:
+            reason = "a mask or another conditioning was given"
+        elif self._chunk_size is not None:
+            reason = "the feed-forward is chunked"
+        elif hooked(self.norm1) or not untouched(self.norm1.norm, self.norm3):
+            reason = "something was put on or in place of its norms"
+        elif timestep is None or class_labels is None or len(class_labels) != len(hidden_states):
+            reason = "the condition is not one row per sample"
         if reason is not None:
             return self._upstream(
                 reason,
