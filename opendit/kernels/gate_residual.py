@@ -19,7 +19,7 @@ from opendit.kernels._rows import (
     backward_tile,
     dense_rows,
     direct,
-    forward_tile,
+    downcast,
     load_rows,
     load_vector,
     programs,
@@ -31,8 +31,11 @@ from opendit.kernels._rows import (
     tl,
     triton,
 )
-from opendit.kernels.backend import resolve
+from opendit.kernels.backend import INTERPRETING, resolve
 from opendit.kernels.spec import KernelSpec
+
+# Elements that a forward program takes; the interpreter's time goes into programs, not into elements.
+FORWARD_BLOCK = 16384 if INTERPRETING else 1024
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out.to(promote(x, y, gate))
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=["elements", "P"])
 def _gate_residual_fwd(
     x_ptr,
     y_ptr,
@@ -53,28 +56,31 @@ def _gate_residual_fwd(
     y_stride_b,
     y_stride_l,
     gate_stride,
-    L,
+    elements,
     P,
-    walk,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,
 ):
+    """No row is needed as a whole, so a sample is cut into equal runs of its L·D elements, wherever rows end."""
     pid = tl.program_id(0)
     b = (pid // P).to(tl.int64)  # the sample, not the program
-    first = (pid % P) * walk
-    last = tl.minimum(first + walk, L)
-    gate_h, gate_t = load_vector(gate_ptr + b * gate_stride, D, HEAD, TAIL)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        token = start + tl.arange(0, ROWS)
-        live = token < last
-        token = token.to(tl.int64)  # offsets pass 2**31 elements
-        x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        y_h, y_t = load_rows(y_ptr, b * y_stride_b + token * y_stride_l, live, D, HEAD, TAIL)
-        r_h, r_t = x_h + gate_h * y_h, x_t + gate_t * y_t
-        store_rows(residual_ptr, (b * L + token) * D, live, r_h, r_t, D, HEAD, TAIL)
+    start = (pid % P).to(tl.int64) * BLOCK  # offsets pass 2**31 elements
+    live = start + tl.arange(0, BLOCK) < elements
+    first = (start % D).to(tl.int32) + tl.arange(0, BLOCK)
+    column = first % D
+    if DENSE:
+        x_at = b * x_stride_b + start + tl.arange(0, BLOCK)
+        y_at = b * y_stride_b + start + tl.arange(0, BLOCK)
+    else:
+        row = start // D + first // D
+        x_at = b * x_stride_b + row * x_stride_l + column
+        y_at = b * y_stride_b + row * y_stride_l + column
+    x = tl.load(x_ptr + x_at, mask=live, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + y_at, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + b * gate_stride + column).to(tl.float32)
+    residual = downcast(x + gate * y, residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + b * elements + start + tl.arange(0, BLOCK), residual, mask=live)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -127,25 +133,23 @@ def forward_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=promote(x, y, gate))
 
 
-def launch_forward(x: Tensor, y: Tensor, gate: Tensor, wrap: Any = direct, tile: Tile | None = None) -> Tensor:
+def launch_forward(
+    x: Tensor, y: Tensor, gate: Tensor, wrap: Any = direct, block: int = FORWARD_BLOCK, warps: int = 4
+) -> Tensor:
     """The residual, written."""
     residual = forward_fake(x, y, gate)
     if x.numel() == 0:
         return residual
     x, y, gate = dense_rows(x), dense_rows(y), dense_rows(gate)
     B, L, D = x.shape
-    tile = tile or forward_tile(x, y)
-    P, walk = programs(B, L, tile)
-    HEAD, TAIL = split(D)
+    P = -(-L * D // block)
     wrap(_gate_residual_fwd)[(B * P,)](
         *(x, y, gate, residual),
-        *(x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), L, P, walk),
+        *(x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), L * D, P),
         D=D,
-        HEAD=HEAD,
-        TAIL=TAIL,
-        ROWS=tile.rows,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        BLOCK=block,
+        DENSE=x.stride(1) == D and y.stride(1) == D,
+        num_warps=warps,
     )
     return residual
 

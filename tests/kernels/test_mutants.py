@@ -24,10 +24,14 @@ pytest.importorskip("triton")
 SPECS = discover()
 KERNELS = Path(opendit.kernels.__file__).parent
 LM, GR, FUSED = "layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate"
-INT32 = [
-    ("token = token.to(tl.int64)", "token = token.to(tl.int32)", 2),
-    ("b = (pid // P).to(tl.int64)", "b = (pid // P).to(tl.int32)", 2),
-]
+INT32 = {
+    kernel: [
+        ("b = (pid // P).to(tl.int64)", "b = (pid // P).to(tl.int32)", 2),
+        ("token = token.to(tl.int64)", "token = token.to(tl.int32)", walks),
+        *[("start = (pid % P).to(tl.int64)", "start = (pid % P).to(tl.int32)", 1)] * (2 - walks),
+    ]
+    for kernel, walks in [(LM, 2), (GR, 1), (FUSED, 2)]
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ MUTANTS = [
     # The bug of the kernel that opendit replaces: the program's number taken for the row's, so sample 0's modulation
     # everywhere.
     *(
-        mutant(f"{vector}-by-program", kernel, f"{vector}_ptr + b * ", f"{vector}_ptr + (pid // L) * ", SMALL, "", n)
+        mutant(
+            f"{vector}-by-program", kernel, f"{vector}_ptr + b * ", f"{vector}_ptr + (pid // 65536) * ", SMALL, "", n
+        )
         for kernel, vector, n in [
             (LM, "scale", 2),
             (LM, "shift", 1),
@@ -160,7 +166,7 @@ from tests.kernels.checking import as_tuple, gradients, relative_error
 kernel, folder, broken = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "broken"
 fn = SPECS[kernel].fn
 if broken:
-    fn = getattr(load(Mutant("int32", kernel, tuple((kernel, *edit) for edit in INT32), None), folder), kernel)
+    fn = getattr(load(Mutant("int32", kernel, tuple((kernel, *edit) for edit in INT32[kernel]), None), folder), kernel)
 D, stride = 8, 2**30
 def far():
     rows = torch.empty(2 * stride + D).as_strided((1, 3, D), (3 * stride, stride, 1))
