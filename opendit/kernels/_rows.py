@@ -74,17 +74,20 @@ def forward_tile(*streams: Tensor) -> Tile:
     """
     if INTERPRETING:  # its time goes into programs and loop turns, not into elements
         return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
-    return Tile(rows=1, walk=4, most=1 << 20, warps=warps(streams[0].shape[-1]), stages=stages(streams))
+    # Half the backward's warps: with one, a row's two reductions need no trip through shared memory.
+    return Tile(rows=1, walk=4, most=1 << 20, warps=max(warps(streams[0].shape[-1]) // 2, 1), stages=stages(streams))
 
 
 def backward_tile(*streams: Tensor) -> Tile:
     """The backward kernels' launch for the [B, L, D] tensors that they read.
 
-    Every program leaves partial sums behind, so programs are few and long: about four for each multiprocessor.
+    Every program leaves partial sums behind, so programs are few and long: about four for each multiprocessor, or eight
+    where rows are so short in bytes that four don't keep the memory busy.
     """
     if INTERPRETING:
         return Tile(rows=16, walk=64, most=512, warps=4, stages=1)
-    return Tile(rows=1, walk=16, most=512, warps=warps(streams[0].shape[-1]), stages=stages(streams))
+    short = sum(t.element_size() for t in streams) <= 4
+    return Tile(rows=1, walk=16, most=1024 if short else 512, warps=warps(streams[0].shape[-1]), stages=stages(streams))
 
 
 def warps(hidden: int) -> int:

@@ -2,7 +2,9 @@
 
 x, y, residual [B, L, D]; gate [B, D]; B batch, L tokens, D hidden. With dr = d(residual), the backward is
 
-    dx = dr;  dy = gate · dr;  dgate = Σ_L dr · y        per sample
+    dx = dr;  dy = gate · dr;  dgate = Σ_L dr · y,  S = Σ_L dr        per sample
+
+Σ_B gate · S is the gradient of a bias that was added to y.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -45,7 +47,7 @@ def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out.to(promote(x, y, gate))
 
 
-@triton.jit(do_not_specialize=["elements", "P"])
+@triton.jit(do_not_specialize=["P"])  # a mask on a count of unknown divisibility would split the 16-byte accesses
 def _gate_residual_fwd(
     x_ptr,
     y_ptr,
@@ -105,6 +107,7 @@ def _gate_residual_bwd(
     STAGES: tl.constexpr,
     WANT_DY: tl.constexpr,
     WANT_DGATE: tl.constexpr,
+    WANT_SUM: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = (pid // P).to(tl.int64)
@@ -113,6 +116,8 @@ def _gate_residual_bwd(
     gate_h, gate_t = load_vector(gate_ptr + b * gate_stride, D, HEAD, TAIL)
     dgate_h = tl.zeros([HEAD], tl.float32)
     dgate_t = tl.zeros([TAIL], tl.float32)
+    sum_h = tl.zeros([HEAD], tl.float32)
+    sum_t = tl.zeros([TAIL], tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         token = start + tl.arange(0, ROWS)
         live = token < last
@@ -124,8 +129,15 @@ def _gate_residual_bwd(
             dgate_t += tl.sum(dr_t * y_t, 0)
         if WANT_DY:
             store_rows(dy_ptr, (b * L + token) * D, live, gate_h * dr_h, gate_t * dr_t, D, HEAD, TAIL)
+        if WANT_SUM:
+            sum_h += tl.sum(dr_h, 0)
+            sum_t += tl.sum(dr_t, 0)
+    part = part_ptr + pid.to(tl.int64) * (WANT_DGATE + WANT_SUM) * D
     if WANT_DGATE:
-        store_sums(part_ptr + pid.to(tl.int64) * D, dgate_h, dgate_t, D, HEAD, TAIL)
+        store_sums(part, dgate_h, dgate_t, D, HEAD, TAIL)
+        part += D
+    if WANT_SUM:
+        store_sums(part, sum_h, sum_t, D, HEAD, TAIL)
 
 
 def forward_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -160,24 +172,36 @@ def backward_fake(dr: Tensor, y: Tensor, gate: Tensor, want_dy: bool, want_dgate
 
 
 def launch_backward(
-    dr: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    want_dy: bool,
-    want_dgate: bool,
-    wrap: Any = direct,
-    tile: Tile | None = None,
+    dr: Tensor, y: Tensor, gate: Tensor, want_dy: bool, want_dgate: bool, wrap: Any = direct, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
     """``backward_fake``'s outputs, written."""
     dy, dgate = backward_fake(dr, y, gate, want_dy, want_dgate)
+    sums = dgate.unsqueeze(1) if want_dgate else dgate.new_empty((len(dr), 0, dr.shape[2]))
+    launch_backward_sums(dr, y, gate, dy, sums, want_dgate, wrap, tile)
+    return dy, dgate
+
+
+def launch_backward_sums(
+    dr: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    dy: Tensor,
+    sums: Tensor,
+    want_dgate: bool,
+    wrap: Any = direct,
+    tile: Tile | None = None,
+) -> None:
+    """Write dy, unless it is empty, and sums [B, K, D] = (dgate if wanted, S if K has room for it)."""
     if dr.numel() == 0:
-        return dy, dgate.zero_()
+        sums.zero_()
+        return
     dr, y, gate = dense_rows(dr), dense_rows(y), dense_rows(gate)
     B, L, D = dr.shape
     tile = tile or backward_tile(dr, y)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
-    partials = dr.new_empty((B, P, 1, D) if want_dgate else (0,), dtype=torch.float32)
+    K = sums.shape[1]
+    partials = dr.new_empty((B, P, K, D), dtype=torch.float32)
     wrap(_gate_residual_bwd)[(B * P,)](
         *(dr, y, gate, dy, partials),
         *(dr.stride(0), dr.stride(1), y.stride(0), y.stride(1), gate.stride(0), L, P, walk),
@@ -186,13 +210,13 @@ def launch_backward(
         TAIL=TAIL,
         ROWS=tile.rows,
         STAGES=tile.stages,
-        WANT_DY=want_dy,
+        WANT_DY=dy.numel() > 0,
         WANT_DGATE=want_dgate,
+        WANT_SUM=want_dgate < K,
         num_warps=tile.warps,
     )
-    if want_dgate:
-        sum_programs(partials, dgate, wrap)
-    return dy, dgate
+    if K:
+        sum_programs(partials, sums, wrap)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,6 +9,9 @@ With n = (residual − mean) · rstd, a = weight · (1 + scale_b) and dm = d(mod
     g  = a · dm
     dr = d(residual) + rstd · (g − mean_D(g) − n · mean_D(g · n))
     dx = dr;  dy = gate · dr;  dgate = Σ_L dr · y;  S0 = Σ_L dm;  S1 = Σ_L dm · n        the sums per sample
+
+Where a block's backward asks for it, the same pass also gives S = Σ_L dr (Σ_B gate · S is the gradient of a bias that
+was added to y), and writes ``modulated`` again, so that the forward need not have kept it.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -43,6 +46,7 @@ from opendit.kernels._rows import (
     programs,
     register,
     row_mean,
+    row_stride,
     split,
     store_rows,
     store_sums,
@@ -154,8 +158,10 @@ def _fused_bwd(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    shift_ptr,
     dx_ptr,
     dy_ptr,
+    modulated_ptr,
     part_ptr,
     dr_stride_b,
     dr_stride_l,
@@ -165,6 +171,7 @@ def _fused_bwd(
     y_stride_l,
     gate_stride,
     scale_stride,
+    shift_stride,
     L,
     P,
     walk,
@@ -179,6 +186,8 @@ def _fused_bwd(
     WANT_DY: tl.constexpr,
     WANT_DGATE: tl.constexpr,
     WANT_SUMS: tl.constexpr,
+    WANT_SUM: tl.constexpr,
+    WANT_MODULATED: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = (pid // P).to(tl.int64)
@@ -191,6 +200,8 @@ def _fused_bwd(
         weight_h, weight_t = load_vector(weight_ptr, D, HEAD, TAIL)
         a_h, a_t = weight_h * a_h, weight_t * a_t
     gate_h, gate_t = load_vector(gate_ptr + b * gate_stride, D, HEAD, TAIL)
+    if WANT_MODULATED:
+        shift_h, shift_t = load_vector(shift_ptr + b * shift_stride, D, HEAD, TAIL)
 
     s0_h = tl.zeros([HEAD], tl.float32)
     s0_t = tl.zeros([TAIL], tl.float32)
@@ -198,6 +209,8 @@ def _fused_bwd(
     s1_t = tl.zeros([TAIL], tl.float32)
     dgate_h = tl.zeros([HEAD], tl.float32)
     dgate_t = tl.zeros([TAIL], tl.float32)
+    sum_h = tl.zeros([HEAD], tl.float32)
+    sum_t = tl.zeros([TAIL], tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         token = start + tl.arange(0, ROWS)
         live = token < last
@@ -229,13 +242,21 @@ def _fused_bwd(
             y_h, y_t = load_rows(y_ptr, b * y_stride_b + token * y_stride_l, live, D, HEAD, TAIL)
             dgate_h += tl.sum(d_h * y_h, 0)
             dgate_t += tl.sum(d_t * y_t, 0)
-    part = part_ptr + pid.to(tl.int64) * (2 * WANT_SUMS + WANT_DGATE) * D
+        if WANT_SUM:
+            sum_h += tl.sum(d_h, 0)
+            sum_t += tl.sum(d_t, 0)
+        if WANT_MODULATED:
+            store_rows(modulated_ptr, row * D, live, n_h * a_h + shift_h, n_t * a_t + shift_t, D, HEAD, TAIL)
+    part = part_ptr + pid.to(tl.int64) * (2 * WANT_SUMS + WANT_DGATE + WANT_SUM) * D
     if WANT_DGATE:
         store_sums(part, dgate_h, dgate_t, D, HEAD, TAIL)
         part += D
     if WANT_SUMS:
         store_sums(part, s0_h, s0_t, D, HEAD, TAIL)
         store_sums(part + D, s1_h, s1_t, D, HEAD, TAIL)
+        part += 2 * D
+    if WANT_SUM:
+        store_sums(part, sum_h, sum_t, D, HEAD, TAIL)
 
 
 def forward_fake(
@@ -337,13 +358,23 @@ def launch_backward(
     want: list[bool],
     wrap: Any = direct,
     tile: Tile | None = None,
+    *,
+    want_sum: bool = False,
+    shift: Tensor | None = None,
+    modulated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward_fake``'s outputs, written."""
+    """``backward_fake``'s outputs, written.
+
+    want_sum: append S to the sums. modulated: [B, L, D], contiguous, where to write the forward's output again; that
+    needs ``shift``, and a LayerNorm without a bias.
+    """
     dx, dy, sums = backward_fake(dr, dm, residual, y, gate, scale, weight, mean, rstd, x_dtype, sums_dtype, want)
+    if want_sum:
+        sums = sums.new_empty((sums.shape[0], sums.shape[1] + 1, sums.shape[2]))
     if residual.numel() == 0:
         return dx, dy, sums.zero_()
     dm, y, gate, scale = map(dense_rows, (dm, y, gate, scale))
-    dr, weight = dense(dr), dense(weight)
+    dr, weight, shift = dense(dr), dense(weight), dense(shift)
     at_dr = dm if dr is None else dr
     B, L, D = residual.shape
     tile = tile or backward_tile(at_dr, dm, residual, y)
@@ -353,9 +384,10 @@ def launch_backward(
     partials = residual.new_empty((B, P, K, D), dtype=torch.float32)
     want_dx, want_dy, want_dgate, want_sums = want
     wrap(_fused_bwd)[(B * P,)](
-        *(at_dr, dm, residual, y, gate, scale, given(weight, y), mean, rstd, dx, dy, partials),
+        *(at_dr, dm, residual, y, gate, scale, given(weight, y), mean, rstd, given(shift, y)),
+        *(dx, dy, given(modulated, y), partials),
         *(at_dr.stride(0), at_dr.stride(1), dm.stride(0), dm.stride(1), y.stride(0), y.stride(1)),
-        *(gate.stride(0), scale.stride(0), L, P, walk),
+        *(gate.stride(0), scale.stride(0), row_stride(shift), L, P, walk),
         D=D,
         HEAD=HEAD,
         TAIL=TAIL,
@@ -367,6 +399,8 @@ def launch_backward(
         WANT_DY=want_dy,
         WANT_DGATE=want_dgate,
         WANT_SUMS=want_sums,
+        WANT_SUM=want_sum,
+        WANT_MODULATED=modulated is not None,
         num_warps=tile.warps,
     )
     if K:

@@ -9,6 +9,9 @@ With n = (x − mean) · rstd, a = weight · (1 + scale_b) and do = d(out), the 
     S0 = Σ_L do,  S1 = Σ_L do · n           per sample; every other gradient is a small combination of these two
     dshift = S0;  dscale = weight · S1 + bias · S0
     dweight = Σ_b (1 + scale_b) · S1;  dbias = Σ_b (1 + scale_b) · S0
+
+Where a block's backward asks for it, the same pass adds the residual stream's gradient to dx, and writes ``out`` again,
+so that the forward need not have kept it.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -140,13 +143,17 @@ def _layernorm_modulate_bwd(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    dr_ptr,
+    shift_ptr,
     dx_ptr,
+    out_ptr,
     part_ptr,
     dout_stride_b,
     dout_stride_l,
     x_stride_b,
     x_stride_l,
     scale_stride,
+    shift_stride,
     L,
     P,
     walk,
@@ -157,6 +164,8 @@ def _layernorm_modulate_bwd(
     STAGES: tl.constexpr,
     HAS_MODULATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_DR: tl.constexpr,
+    WANT_OUT: tl.constexpr,
     WANT_DX: tl.constexpr,
     WANT_SUMS: tl.constexpr,
 ):
@@ -172,6 +181,8 @@ def _layernorm_modulate_bwd(
     if HAS_MODULATION:
         scale_h, scale_t = load_vector(scale_ptr + b * scale_stride, D, HEAD, TAIL)
         a_h, a_t = a_h * (1 + scale_h), a_t * (1 + scale_t)
+    if WANT_OUT:
+        shift_h, shift_t = load_vector(shift_ptr + b * shift_stride, D, HEAD, TAIL)
 
     s0_h = tl.zeros([HEAD], tl.float32)
     s0_t = tl.zeros([TAIL], tl.float32)
@@ -198,7 +209,12 @@ def _layernorm_modulate_bwd(
             g = row_mean(g_h, g_t, D)[:, None]
             gn = row_mean(g_h * n_h, g_t * n_t, D)[:, None]
             dx_h, dx_t = rstd * (g_h - g - n_h * gn), rstd * (g_t - g - n_t * gn)
+            if HAS_DR:
+                dr_h, dr_t = load_rows(dr_ptr, row * D, live, D, HEAD, TAIL)
+                dx_h, dx_t = dx_h + dr_h, dx_t + dr_t
             store_rows(dx_ptr, row * D, live, dx_h, dx_t, D, HEAD, TAIL)
+        if WANT_OUT:
+            store_rows(out_ptr, row * D, live, n_h * a_h + shift_h, n_t * a_t + shift_t, D, HEAD, TAIL)
     if WANT_SUMS:
         part = part_ptr + pid.to(tl.int64) * 2 * D
         store_sums(part, s0_h, s0_t, D, HEAD, TAIL)
@@ -289,21 +305,30 @@ def launch_backward(
     want_sums: bool,
     wrap: Any = direct,
     tile: Tile | None = None,
+    *,
+    dr: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``backward_fake``'s outputs, written."""
+    """``backward_fake``'s outputs, written.
+
+    dr: [B, L, D], contiguous, what to add to dx. out: [B, L, D], contiguous, where to write the forward's output again;
+    that needs ``shift``, and a LayerNorm without a bias.
+    """
     dx, sums = backward_fake(dout, x, scale, weight, mean, rstd, sums_dtype, want_dx, want_sums)
     if x.numel() == 0:
         return dx, sums.zero_()
     dout, x = dense_rows(dout), dense_rows(x)
-    scale, weight = map(dense, (scale, weight))
+    scale, weight, shift = map(dense, (scale, weight, shift))
     B, L, D = x.shape
-    tile = tile or backward_tile(dout, x)
+    tile = tile or backward_tile(*(dout, x) if dr is None else (dout, x, dr))
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     partials = x.new_empty((B, P, 2, D) if want_sums else (0,), dtype=torch.float32)
     wrap(_layernorm_modulate_bwd)[(B * P,)](
-        *(dout, x, given(scale, x), given(weight, x), mean, rstd, dx, partials),
-        *(dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), row_stride(scale), L, P, walk),
+        *(dout, x, given(scale, x), given(weight, x), mean, rstd, given(dr, x), given(shift, x)),
+        *(dx, given(out, x), partials),
+        *(dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), row_stride(scale), row_stride(shift), L, P, walk),
         D=D,
         HEAD=HEAD,
         TAIL=TAIL,
@@ -311,6 +336,8 @@ def launch_backward(
         STAGES=tile.stages,
         HAS_MODULATION=scale is not None,
         HAS_WEIGHT=weight is not None,
+        HAS_DR=dr is not None,
+        WANT_OUT=out is not None,
         WANT_DX=want_dx,
         WANT_SUMS=want_sums,
         num_warps=tile.warps,

@@ -61,7 +61,7 @@ MUTANTS = [
         )
         for kernel, vector, n in [
             (LM, "scale", 2),
-            (LM, "shift", 1),
+            (LM, "shift", 2),
             (GR, "gate", 2),
             (FUSED, "gate", 2),
             (FUSED, "scale", 2),

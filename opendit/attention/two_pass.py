@@ -1,0 +1,83 @@
+"""Attention's forward and backward as two plain functions, for a caller that writes its own backward.
+
+q, k, v, out and their gradients are [B, L, H, K], as everywhere in this package; views are fine. What the forward hands
+to the backward is a list of tensors, whose number depends on the backend only.
+
+torch's fused kernels have such a pair of operators each. Any other backend is differentiated by autograd, which runs
+its forward once more.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opendit.attention import packages
+from opendit.attention.backends import BACKENDS
+
+_aten = torch.ops.aten
+# What each pair saves: the logarithm of the softmax's denominator and, for torch's, the state of a dropout never used.
+SAVES = {"sdpa-cudnn": 3, "sdpa-flash": 3, "flash-attn-4": 1}
+
+
+def paired(backend: str, device: torch.device) -> bool:
+    """Whether the backward does without another forward."""
+    return device.type == "cuda" and backend in SAVES
+
+
+def resolve(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """ "sdpa" as the kernel that torch would choose for these tensors, where that kernel has a pair."""
+    if backend != "sdpa" or q.device.type != "cuda" or q.shape[-1] % 8:
+        return backend
+    choice: int = torch._fused_sdp_choice(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return {1: "sdpa-flash", 3: "sdpa-cudnn"}.get(choice, backend)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, list[Tensor]]:
+    """(out, what the backward needs). Nothing is recorded for autograd."""
+    if not paired(backend, q.device):
+        with torch.no_grad():
+            return BACKENDS[backend].run(q, k, v, None, 0.0, None), []
+    if backend == "flash-attn-4":
+        out, lse = packages._forward(q, k, v, q.shape[-1] ** -0.5)
+        return out, [lse]
+    q, k, v = _heads_first(q, k, v)
+    if backend == "sdpa-cudnn":
+        out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, False, False
+        )
+    else:
+        out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)
+    none = lse.new_empty(0)
+    return out.transpose(1, 2), [lse, none if seed is None else seed, none if offset is None else offset]
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Sequence[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    if not paired(backend, q.device):
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            again = BACKENDS[backend].run(q, k, v, None, 0.0, None)
+            dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout)
+        return dq, dk, dv
+    if backend == "flash-attn-4":
+        return packages._backward(dout, q, k, v, out, saved[0], q.shape[-1] ** -0.5)
+    L = q.shape[1]
+    q, k, v, dout, out = _heads_first(q, k, v, dout, out)
+    lse, seed, offset = saved
+    if backend == "sdpa-cudnn":
+        found = _aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, offset, None, None, None, L, L, 0.0, False
+        )
+    else:
+        found = _aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, L, L, 0.0, False, seed, offset
+        )
+    dq, dk, dv = (t.transpose(1, 2) for t in found)
+    return dq, dk, dv
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
