@@ -29,11 +29,16 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
     "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
     "engine": ("torch", "colossalai"),
     "sequence_parallel": ("auto", "fastseq", "ulysses", "ring", "usp"),
+}
+# Likewise, with all of it built.
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "fusion": ("auto", "block", "adaln"),
+    "residual": ("inherit", "fp32", "bf16"),
     "activation_checkpointing": (False, True, "selective", "full"),
 }
 
 _RECIPES: dict[str, dict[str, Any]] = {
-    "train": {"compile": True},
+    "train": {"residual": "bf16", "activation_checkpointing": "selective"},
     "sample": {"compile": True},
 }
 
@@ -46,6 +51,12 @@ class BoosterConfig(Generic[OptimizerT]):
         kernels: `"auto"` (Triton where it runs, else the reference), `"triton"`, `"reference"`, or a mapping
             from kernel names to backends, e.g. `{"layernorm": "apex"}`; kernels not named stay `"auto"`.
         attention: `"auto"` or the name of a backend of `opendit.attention`.
+        fusion: `"block"`: a whole block is one autograd function with a hand-written backward; `"adaln"`: only its
+            LayerNorm, modulation, gate and residual are fused, sublayers run as modules. `"auto"`: `"block"` where
+            Triton and a low precision attention kernel run, `"adaln"` elsewhere.
+        residual: dtype of the residual stream under autocast: `"inherit"` leaves it as the model has it (fp32 where
+            position embeddings are), `"fp32"` and `"bf16"` cast it where the first block begins. Without autocast the
+            model's own dtype stays.
         compile: compile each transformer block with `torch.compile`, in place. Blocks of one shape share
             one compilation, so the first step comes much sooner than when the whole model is compiled.
         optimizer: an optimizer built on the model's parameters, or a factory such as
@@ -54,7 +65,10 @@ class BoosterConfig(Generic[OptimizerT]):
         plugin: the distributed plugin; only `None` (the caller wraps the model) is implemented.
         engine: where plugins come from; only `"torch"` is implemented.
         sequence_parallel: the method used when `sp_size > 1`; not implemented beyond `"auto"`.
-        activation_checkpointing: not implemented beyond `False`.
+        activation_checkpointing: what a block keeps for its backward. `False`: everything. `"selective"`: all that
+            matrix products and attention gave, while results of passes over memory (normalised and modulated inputs,
+            the GELU's output) are computed again inside passes of the backward; for blocks that are fused as a whole,
+            others keep everything. `"full"` or `True`: the block's input only, its forward is computed again.
         ema: not implemented beyond `None`.
 
     Raises:
@@ -71,6 +85,8 @@ class BoosterConfig(Generic[OptimizerT]):
     plugin: str | None = None
     engine: str = "torch"
     sequence_parallel: str = "auto"
+    fusion: str = "auto"
+    residual: str = "inherit"
     activation_checkpointing: bool | str = False
     ema: object = None
 
@@ -101,12 +117,13 @@ class BoosterConfig(Generic[OptimizerT]):
             raise NotImplementedError(f"ema={self.ema!r}: EMA is not implemented yet; leave ema at None")
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
-            if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-                raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
+            _check_allowed(name, value, allowed)
             if value != allowed[0]:
                 raise NotImplementedError(
                     f"{name}={value!r} is part of the interface but not implemented yet; leave {name} at {allowed[0]!r}"
                 )
+        for name, allowed in _CHOICES.items():
+            _check_allowed(name, getattr(self, name), allowed)
 
     @classmethod
     def of(cls, source: BoosterConfig[Any] | Mapping[str, Any] | str | None) -> BoosterConfig[Any]:
@@ -133,6 +150,11 @@ class BoosterConfig(Generic[OptimizerT]):
             f"booster_cfg: got {type(source).__name__}; allowed: a BoosterConfig, a mapping of its fields, "
             f"a recipe name ({', '.join(_RECIPES)}), or None"
         )
+
+
+def _check_allowed(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def _closest(given: str, allowed: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from opendit import attention
 from opendit.config import BoosterConfig
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
-from opendit.patch.core import Choices, Plan, fallbacks
+from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.registry import resolve
@@ -83,13 +83,21 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         reason = attention.backend_unavailable(cfg.attention, device, None, None)
         if reason is not None:
             raise ValueError(f"attention: {cfg.attention!r} can't run here: {reason}")
-    return Choices(kernels=tuple((name, requested.get(name, "auto")) for name in names), attention=cfg.attention)
+    checkpointing = cfg.activation_checkpointing
+    keep = checkpointing if isinstance(checkpointing, str) else "full" if checkpointing else "all"
+    return Choices(
+        kernels=tuple((name, requested.get(name, "auto")) for name in names),
+        attention=cfg.attention,
+        fusion=cfg.fusion,
+        residual=cfg.residual,
+        keep=keep,
+    )
 
 
 def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     """`plan` in words: what changed and by what, what did not and why, what happened since."""
     device = _device(model)
-    notes: list[tuple[str, str]] = []
+    compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
     lines += _grouped((edit.fqn, edit.what) for edit in plan.edits)
@@ -106,15 +114,15 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     for fqn in plan.compiled:
         # A copy or an unpickled model has the plan and the classes, but not the compiled code.
         compiled = not applied or (fqn in modules and modules[fqn]._compiled_call_impl is not None)
-        notes.append(
+        compiled_notes.append(
             (fqn, "compiled on its own by torch.compile" if compiled else "no longer compiled (a copy is not)")
         )
-    lines += _grouped(notes)
+    lines += _grouped(compiled_notes)
     lines.append("left as it was:")
     lines += _grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
-    since = _grouped(fallbacks(model))
+    since = _grouped(notes(model))
     if since:
-        lines += ["upstream's own forward was used since, because:", *since]
+        lines += ["while running, since then:", *since]
     return "\n".join(lines)
 
 

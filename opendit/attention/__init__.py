@@ -11,7 +11,17 @@ A new backend is one record in `backends.py`.
 """
 
 from opendit.attention.backends import BACKENDS, Backend, backend_names, backend_unavailable
-from opendit.attention.choice import Choice, choices_made, choose
+from opendit.attention.choice import Choice, choices_made, choose, choose_backend
 from opendit.attention.dispatch import attend
 
-__all__ = ["BACKENDS", "Backend", "Choice", "attend", "backend_names", "backend_unavailable", "choices_made", "choose"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "attend",
+    "backend_names",
+    "backend_unavailable",
+    "choices_made",
+    "choose",
+    "choose_backend",
+]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opendit.attention import two_pass
 from opendit.attention.backends import FLOATS, backend_unavailable, capability_of, constant, traced_as_constant
 
 _log = logging.getLogger("opendit")
@@ -63,16 +64,11 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Case:
-    shortest = min(q.shape[1], k.shape[1])
-    length = 0
-    for crossover in _CROSSOVERS:
-        if shortest >= crossover:
-            length = crossover
     return Case(
         q.device,
         autocast_dtype(q.device.type, q.dtype) or q.dtype,
         constant(q.shape[-1]),
-        length,
+        _crossover(min(q.shape[1], k.shape[1])),
         backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         plain=mask is None and not dropout_p,
         fits_cudnn=not (q.shape[0] > _CUDNN_MAX_BATCH),  # `not` makes a symbolic comparison concrete
@@ -98,6 +94,24 @@ def choices_made() -> tuple[str, ...]:
 def choose_and_log(*case: Any) -> str:
     """`Case`'s fields in, the backend's name out; logged once per case at level info."""
     return _choose_once(case, *_switches()).backend
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> str:
+    """The kernel that "auto" or "sdpa" stand for, for q, k and v of shape [B, L, H, K] without mask and dropout, before
+    they exist; other names stay. With gradients where they are enabled.
+    """
+    B, L, _, K = shape
+    if backend == "auto":
+        case = Case(device, dtype, K, _crossover(L), torch.is_grad_enabled(), True, not (B > _CUDNN_MAX_BATCH))
+        backend = choose_and_log(*case)
+    if backend == "sdpa":
+        like = torch.empty(shape, dtype=dtype, device=device)
+        backend = two_pass.resolve(backend, like, like, like)
+    return backend
+
+
+def _crossover(length: int) -> int:
+    return max((c for c in _CROSSOVERS if length >= c), default=0)
 
 
 def _switches() -> tuple[bool, bool]:

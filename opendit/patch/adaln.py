@@ -9,15 +9,22 @@ Shapes: x [B, L, D], shift, scale, gate [B, D]. B batch, L tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from opendit.attention import choose_backend, two_pass
+from opendit.kernels.backend import resolve
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from opendit.kernels.layernorm_modulate import layernorm_modulate
+from opendit.patch.block import adaln_block
 from opendit.patch.core import Patched, autocast_dtype
+from opendit.patch.parts import AttentionParts, MlpParts, parts_of
+
+Sublayer = Callable[[Tensor], Tensor]
 
 
 class FusedAdaLN(Patched):
@@ -43,15 +50,23 @@ class FusedAdaLN(Patched):
         )
 
     def _block(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        norm_a: nn.LayerNorm,
-        attn: Callable[[Tensor], Tensor],
-        norm_m: nn.LayerNorm,
-        mlp: Callable[[Tensor], Tensor],
+        self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
     ) -> Tensor:
         """The block; modulation [B, 6·D] holds shift, scale, gate for attn, then for mlp."""
+        lower = autocast_dtype(x)
+        if lower is not None and self._opendit_residual != "inherit":
+            x = x.float() if self._opendit_residual == "fp32" else x.to(torch.bfloat16)
+        whole = self._whole(x, lower, modulation, norm_a, attn, norm_m, mlp)
+        if whole is not None:
+            return whole
+        if self._opendit_keep == "full" and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._in_parts, x, modulation, norm_a, attn, norm_m, mlp, use_reentrant=False)
+            return out
+        return self._in_parts(x, modulation, norm_a, attn, norm_m, mlp)
+
+    def _in_parts(
+        self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Sublayer, norm_m: nn.LayerNorm, mlp: Sublayer
+    ) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         y = attn(self._modulated(x, norm_a, shift_a, scale_a))
         x, h = gate_residual_layernorm_modulate(
@@ -67,6 +82,72 @@ class FusedAdaLN(Patched):
             backend=self._kernel("gate_residual_layernorm_modulate"),
         )
         return gate_residual(x, mlp(h), gate_m, backend=self._kernel("gate_residual"))
+
+    def _whole(
+        self,
+        x: Tensor,
+        lower: torch.dtype | None,
+        modulation: Tensor,
+        norm_a: nn.LayerNorm,
+        attn: Any,
+        norm_m: nn.LayerNorm,
+        mlp: Any,
+    ) -> Tensor | None:
+        """The block as one function, or None where it is to be computed in parts."""
+        forced = self._opendit_fusion == "block"
+        if self._opendit_fusion == "adaln" or (not forced and x.device.type != "cuda"):
+            return None
+        attn_parts, mlp_parts = parts_of(attn), parts_of(mlp)
+        if not isinstance(attn_parts, AttentionParts):
+            return self._not_whole(f"attention: {attn_parts}")
+        if not isinstance(mlp_parts, MlpParts):
+            return self._not_whole(f"MLP: {mlp_parts}")
+        dtype = lower or attn_parts.proj.weight.dtype
+        reason = self._why_in_parts(x, modulation, dtype, norm_a, norm_m)
+        if reason is not None:
+            return self._not_whole(reason)
+        B, L, D = x.shape
+        backend = choose_backend(attn_parts.backend, x.device, dtype, (B, L, attn_parts.heads, D // attn_parts.heads))
+        if not forced and not two_pass.paired(backend, x.device):
+            return self._not_whole(f"attention: {backend} has no backward of its own")
+        weights = [linear.weight for linear in attn_parts.qkv]
+        biases = [linear.bias for linear in attn_parts.qkv if linear.bias is not None]
+        others = [t for m in (attn_parts.proj, mlp_parts.fc1, mlp_parts.fc2) for t in (m.weight, m.bias)]
+        return adaln_block(
+            x,
+            modulation,
+            (weights, biases, others),
+            heads=attn_parts.heads,
+            eps=(norm_a.eps, norm_m.eps),
+            tanh=mlp_parts.tanh,
+            attention=backend,
+            keep=self._opendit_keep,
+            dtype=dtype,
+        )
+
+    def _why_in_parts(
+        self, x: Tensor, modulation: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm
+    ) -> str | None:
+        names = (*BLOCK_KERNELS, "gelu")
+        double = x.dtype == torch.float64 or dtype == torch.float64
+        if any(resolve(self._kernel(n), n, x.device, x.shape[-1], double) != "triton" for n in names):
+            return "its kernels are not all triton's"
+        if not self.casts_for_linear:
+            return "its sublayers must be given fp32 under autocast"
+        if any(p is not None for norm in (norm_a, norm_m) for p in (norm.weight, norm.bias)):
+            return "its norms have weights of their own"
+        if self._opendit_fusion == "auto" and dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in {dtype}, where torch's attention has no separate backward"
+        promoted = torch.promote_types(torch.promote_types(x.dtype, dtype), modulation.dtype)
+        if promoted != x.dtype:
+            return f"a {x.dtype} residual with {dtype} sublayers and {modulation.dtype} modulation"
+        if torch.compiler.is_compiling():
+            return "torch.compile is at work"
+        return None
+
+    def _not_whole(self, reason: str) -> Tensor | None:
+        self._note(f"fused in parts, not as a whole: {reason}")
+        return None
 
     def _sublayer_dtype(self, x: Tensor) -> torch.dtype | None:
         lower = autocast_dtype(x)

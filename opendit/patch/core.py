@@ -25,9 +25,9 @@ logger = logging.getLogger("opendit")
 
 _PLAN = "_opendit_plan"
 
-# Fallbacks taken while running, per module: reason -> logged once. Kept outside the modules, so that copies
+# What was not done while running, and why, per module; each logged once. Kept outside the modules, so that copies
 # and pickles of a model never carry it.
-_fallbacks: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_notes: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class Choices:
 
     kernels: tuple[tuple[str, str], ...]
     attention: str
+    fusion: str = "adaln"
+    residual: str = "inherit"
+    keep: str = "all"
 
     def kernel(self, name: str) -> str:
         return dict(self.kernels).get(name, "reference")
 
 
+# What a mixin is compared with its module on.
 REFERENCE = Choices(kernels=(), attention="reference")
 
 
@@ -52,6 +56,9 @@ class Patched:
     _opendit_choices: ClassVar[Choices]
     _opendit_kernels: ClassVar[dict[str, str]]
     _opendit_attention: ClassVar[str]
+    _opendit_fusion: ClassVar[str]
+    _opendit_residual: ClassVar[str]
+    _opendit_keep: ClassVar[str]
     _opendit_parameters: ClassVar[tuple[str, ...]]
     # Which kernels and whether attention, by the names that configs use.
     uses: ClassVar[tuple[str, ...]] = ()
@@ -75,13 +82,16 @@ class Patched:
 
     def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the forward that this mixin replaced, remembers why, and logs it the first time."""
-        module = cast(nn.Module, self)
+        self._note(f"upstream's own forward was used: {reason}", logging.WARNING)
+        return type(self)._opendit_base.forward(cast(nn.Module, self), *args, **kwargs)
+
+    def _note(self, what: str, level: int = logging.INFO) -> None:
+        """Remembers, and logs the first time, that less was done than could be, and why."""
         if not torch.compiler.is_compiling():
-            seen = _fallbacks.setdefault(module, set())
-            if reason not in seen:
-                seen.add(reason)
-                logger.warning("%s: upstream's forward is used: %s", type(self)._opendit_base.__name__, reason)
-        return type(self)._opendit_base.forward(module, *args, **kwargs)
+            seen = _notes.setdefault(cast(nn.Module, self), set())
+            if what not in seen:
+                seen.add(what)
+                logger.log(level, "%s: %s", type(self)._opendit_base.__name__, what)
 
 
 _made: dict[tuple[type, type, Choices], type[nn.Module]] = {}
@@ -105,6 +115,9 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -
         "_opendit_mixin": mixin,
         "_opendit_choices": choices,
         "_opendit_kernels": dict(choices.kernels),
+        "_opendit_fusion": choices.fusion,
+        "_opendit_residual": choices.residual,
+        "_opendit_keep": choices.keep,
         "_opendit_attention": choices.attention,
         "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],
     }
@@ -153,11 +166,11 @@ def plan_of(model: nn.Module) -> Plan | None:
     return cast("Plan | None", model.__dict__.get(_PLAN))
 
 
-def fallbacks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Where upstream's forward had to be used while running: pairs of module name and reason."""
+def notes(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where less was done while running than was planned: pairs of module name, and what and why."""
     for fqn, module in model.named_modules():
-        for reason in sorted(_fallbacks.get(module, ())):
-            yield fqn, reason
+        for what in sorted(_notes.get(module, ())):
+            yield fqn, what
 
 
 def apply(model: nn.Module, plan: Plan) -> None:
@@ -210,7 +223,7 @@ def unapply(model: nn.Module) -> None:
             )
     _uncompile(model, plan_of(model))
     for _, module in patched:
-        _fallbacks.pop(cast(nn.Module, module), None)
+        _notes.pop(cast(nn.Module, module), None)
         module.__class__ = cast(Any, type(module))._opendit_base
     model.__dict__.pop(_PLAN, None)
 

@@ -11,14 +11,17 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from opendit.attention import attend
+from opendit.kernels.gelu import APPROXIMATIONS, gelu
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
-from opendit.patch.core import Patched, hooked, untouched
+from opendit.patch.core import hooked, untouched
+from opendit.patch.mlp import tokens
+from opendit.patch.parts import AttentionParts, MlpParts, Sublayer, off, plain_linear
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import StandIn, reads_low_precision
 from opendit.patch.registry import Family, Trait
@@ -27,6 +30,8 @@ _MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel
 _BLOCK = "diffusers.models.attention.BasicTransformerBlock"
 _ATTENTION = "diffusers.models.attention_processor.Attention"
 _PROCESSOR = "diffusers.models.attention_processor.AttnProcessor2_0"
+_FEED_FORWARD = "diffusers.models.attention.FeedForward"
+_GELU = "diffusers.models.activations.GELU"
 
 
 def _path(cls: type) -> str:
@@ -88,7 +93,7 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class DispatchedAttention(Patched):
+class DispatchedAttention(Sublayer):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 
     uses = ("attention",)
@@ -122,13 +127,45 @@ class DispatchedAttention(Patched):
             return self.to_out[1](self.to_out[0](out)) / self.rescale_output_factor
         return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
+    def _parts(self) -> AttentionParts | str:
+        projections = tuple(m for m in (self.to_q, self.to_k, self.to_v, self.to_out[0]) if isinstance(m, nn.Linear))
+        if _path(type(self.processor)) != _PROCESSOR:
+            return f"its processor is now {type(self.processor).__name__}"
+        if len(projections) != 4 or not plain_linear(*projections):
+            return "its linears are not torch's own, or something was put on them"
+        if not off(self.to_out[1]) or self.rescale_output_factor != 1.0:
+            return "dropout or a factor on its output"
+        return AttentionParts(projections[:3], projections[3], self.heads, self._opendit_attention)
+
+
+class FusedFeedForward(Sublayer):
+    """diffusers' FeedForward (net: GELU with its projection, dropout, linear), the GELU in one pass each way."""
+
+    uses = ("gelu",)
+    net: nn.ModuleList
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not off(*self.net[1:-1]) or hooked(self.net[0]) or hidden_states.dim() != 3:
+            return self._upstream("other arguments, dropout or a hook inside", hidden_states, *args, **kwargs)
+        first: Any = self.net[0]
+        h = gelu(first.proj(hidden_states), approximate=first.approximate, backend=self._kernel("gelu"))
+        return self.net[-1](h)
+
+    def _parts(self) -> MlpParts | str:
+        first, last = cast(Any, self.net[0]), self.net[-1]
+        if not off(*self.net[1:-1]) or hooked(first):
+            return "dropout active or a hook inside"
+        if not isinstance(last, nn.Linear) or not plain_linear(first.proj, last):
+            return "its linears are not torch's own, or something was put on them"
+        return MlpParts(first.proj, last, first.approximate == "tanh")
+
 
 def plan(model: Any, planner: Planner) -> None:
     for i, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{i}"
         _plan_block(planner, name, block)
         _plan_attention(planner, f"{name}.attn1", block.attn1)
-        planner.keep(f"{name}.ff", "two linears and a GELU: no kernel of ours beats torch's here yet")
+        _plan_feed_forward(planner, f"{name}.ff", block.ff)
     planner.keep("norm_out", "its modulation is written in the model's own forward")
 
 
@@ -183,6 +220,16 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
                 lambda dtype: (torch.randn(1, 133, width, dtype=dtype),),
             ],
         )
+
+
+def _plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:
+    if _path(type(ff)) != _FEED_FORWARD or _path(type(ff.net[0])) != _GELU:
+        planner.keep(name, f"it is a {_path(type(ff))} beginning with {_path(type(ff.net[0]))}, not a GELU's")
+    elif ff.net[0].approximate not in APPROXIMATIONS or len(ff.net) != 3:
+        planner.keep(name, "it is not projection, GELU, dropout and linear")
+    else:
+        width = ff.net[0].proj.weight.shape[1]
+        planner.offer(name, ff, FusedFeedForward, "GELU: one pass", tokens(width), bypassed=(ff.net[0],))
 
 
 FAMILY = Family(

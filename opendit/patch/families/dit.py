@@ -18,6 +18,8 @@ from torch import nn
 from opendit.attention import attend
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import Patched, hooked, untouched
+from opendit.patch.mlp import plan_mlp
+from opendit.patch.parts import AttentionParts, Sublayer, off, plain_linear
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
 from opendit.patch.registry import Family, Trait
@@ -53,7 +55,7 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class DispatchedAttention(Patched):
+class DispatchedAttention(Sublayer):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
     uses = ("attention",)
@@ -78,6 +80,15 @@ class DispatchedAttention(Patched):
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, backend=self._opendit_attention)
         return self.proj_drop(self.proj(out.flatten(2)))
+
+    def _parts(self) -> AttentionParts | str:
+        if not off(self.attn_drop, self.proj_drop):
+            return "dropout active or a hook inside"
+        if not all(off(getattr(self, name, None)) for name in ("q_norm", "k_norm")):
+            return "it normalises q and k"
+        if not plain_linear(self.qkv, self.proj):
+            return "its linears are not torch's own, or something was put on them"
+        return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
 
 
 class FusedHead(FusedAdaLN):
@@ -135,7 +146,7 @@ def plan(model: Any, planner: Planner) -> None:
         name = f"blocks.{i}"
         _plan_block(planner, name, block)
         _plan_attention(planner, f"{name}.attn", block.attn)
-        planner.keep(f"{name}.mlp", "two linears and a GELU: no kernel of ours beats torch's here yet")
+        plan_mlp(planner, f"{name}.mlp", block.mlp)
     _plan_head(planner, model.final_layer)
     if (
         planner.edits
