@@ -5,6 +5,9 @@ unit takes no less: 72 is 64 + 16, of which 8 are masked, where one power of two
 power of two; then the tail names the head again and nobody reads it. A product over K is two dots into one
 accumulator; a product over tokens is one dot for each piece of the result.
 
+Offsets between blocks are 64-bit scalars, for tensors pass 2**31 elements; within a block they are 32-bit, which
+saves registers and needs token strides below ``STRIDE_LIMIT``.
+
 Shapes: B batch, L tokens, H heads, K head dim; a program holds QUERIES query rows or KEYS key rows, or both.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -17,6 +20,7 @@ from opendit.kernels.backend import INTERPRETING, TRITON_INSTALLED
 INTERPRETED = tl.constexpr(INTERPRETING) if TRITON_INSTALLED else None  # kernels read only such globals
 LOG2E = tl.constexpr(1.4426950408889634) if TRITON_INSTALLED else None  # exp2 costs one instruction, exp two
 LN2 = tl.constexpr(0.6931471805599453) if TRITON_INSTALLED else None
+STRIDE_LIMIT = 1 << 23  # of 256 rows at most
 VARIANTS = ("split", "joint", "atomic")
 JOINT_LIMIT = 2048
 """Longest L that the joint backward takes: its scratch grows with L and is only fast while the L2 cache holds it."""
@@ -215,14 +219,14 @@ def attention_forward(
     q_ptr = qkv_ptr + b * stride_b + h * K
     k_ptr = q_ptr + H * K
     v_ptr = k_ptr + H * K
-    token = (pid % blocks) * QUERIES + tl.arange(0, QUERIES)
-    live = token < L
-    row = token.to(tl.int64)
-    q_h, q_t = _load(q_ptr, row * stride_l, live, K, HEAD, TAIL, EVEN)
+    rows = tl.arange(0, QUERIES)
+    first = (pid % blocks).to(tl.int64) * QUERIES
+    live = first + rows < L
+    q_h, q_t = _load(q_ptr + first * stride_l, rows * stride_l, live, K, HEAD, TAIL, EVEN)
 
     to_log2 = scale * LOG2E
     cols = tl.arange(0, KEYS)
-    offsets = cols.to(tl.int64) * stride_l
+    offsets = cols * stride_l
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc_h, acc_t = _zeros(QUERIES, HEAD, TAIL)
@@ -244,10 +248,10 @@ def attention_forward(
         v_h, v_t = _load(v_ptr + shift, offsets, exists, K, HEAD, TAIL, EVEN)
         acc_h, acc_t = _add_over_rows(downcast(p, dtype), v_h, v_t, acc_h, acc_t, TAIL)
 
-    tl.store(lse_ptr + bh * L + token, (top + tl.log2(total)) * LN2, mask=live)
+    tl.store(lse_ptr + bh * L + first + rows, (top + tl.log2(total)) * LN2, mask=live)
     inverse = (1.0 / total)[:, None]
-    out = (b * L + row) * (H * K) + h * K
-    _store(out_ptr, out, live, acc_h * inverse, acc_t * inverse, K, HEAD, TAIL)
+    out_ptr += ((b * L + first) * H + h) * K
+    _store(out_ptr, rows * (H * K), live, acc_h * inverse, acc_t * inverse, K, HEAD, TAIL)
 
 
 @triton.jit(do_not_specialize=["L", "blocks"])
@@ -284,26 +288,26 @@ def attention_backward_queries(
     h = bh % H
     b = bh // H
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    token = block * QUERIES + tl.arange(0, QUERIES)
-    live = token < L
-    row = token.to(tl.int64)
-    do_ptr = dout_ptr + b * dout_stride_b + h * K
-    do_h, do_t = _load(do_ptr, row * dout_stride_l, live, K, HEAD, TAIL, EVEN)
-    out = (b * L + row) * (H * K) + h * K
-    o_h, o_t = _load(out_ptr, out, live, K, HEAD, TAIL, EVEN)
+    rows = tl.arange(0, QUERIES)
+    first = block.to(tl.int64) * QUERIES
+    live = first + rows < L
+    dout_ptr += b * dout_stride_b + first * dout_stride_l + h * K
+    do_h, do_t = _load(dout_ptr, rows * dout_stride_l, live, K, HEAD, TAIL, EVEN)
+    out_ptr += ((b * L + first) * H + h) * K
+    o_h, o_t = _load(out_ptr, rows * (H * K), live, K, HEAD, TAIL, EVEN)
     delta = _row_products(do_h, do_t, o_h, o_t, TAIL)
-    tl.store(delta_ptr + bh * L + token, delta, mask=live)
+    tl.store(delta_ptr + bh * L + first + rows, delta, mask=live)
 
     if WANT_DQ:
         q_ptr = qkv_ptr + b * stride_b + h * K
         k_ptr = q_ptr + H * K
         v_ptr = k_ptr + H * K
-        q_h, q_t = _load(q_ptr, row * stride_l, live, K, HEAD, TAIL, EVEN)
+        q_h, q_t = _load(q_ptr + first * stride_l, rows * stride_l, live, K, HEAD, TAIL, EVEN)
         to_log2 = scale * LOG2E
         # An infinite lse makes the rows that do not exist all 0.
-        lse = tl.load(lse_ptr + bh * L + token, mask=live, other=float("inf")) * LOG2E
+        lse = tl.load(lse_ptr + bh * L + first + rows, mask=live, other=float("inf")) * LOG2E
         cols = tl.arange(0, KEYS)
-        offsets = cols.to(tl.int64) * stride_l
+        offsets = cols * stride_l
         dq_h, dq_t = _zeros(QUERIES, HEAD, TAIL)
         for start in tl.range(0, L, KEYS, num_stages=STAGES):
             shift = tl.cast(start, tl.int64) * stride_l
@@ -318,8 +322,8 @@ def attention_backward_queries(
             ds = downcast(p * (dp - delta[:, None]), dtype)
             dq_h, dq_t = _add_over_rows(ds, k_h, k_t, dq_h, dq_t, TAIL)
         dq_h, dq_t = dq_h * scale, dq_t * scale
-        dq = (b * L + row) * (3 * H * K) + h * K
-        _store(dqkv_ptr, dq, live, dq_h, dq_t, K, HEAD, TAIL)
+        dqkv_ptr += (b * L + first) * (3 * H * K) + h * K
+        _store(dqkv_ptr, rows * (3 * H * K), live, dq_h, dq_t, K, HEAD, TAIL)
         if WANT_SUMS:
             _store_sums(part_ptr + ((b * blocks + block) * H + h) * K, dq_h, dq_t, K, HEAD, TAIL)
 
@@ -370,16 +374,16 @@ def _key_block(
     do_ptr = dout_ptr + b * dout_stride_b + h * K
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
-    key = block * KEYS + tl.arange(0, KEYS)
-    exists = key < L
-    key = key.to(tl.int64)
-    k_h, k_t = _load(k_ptr, key * stride_l, exists, K, HEAD, TAIL, EVEN)
-    v_h, v_t = _load(v_ptr, key * stride_l, exists, K, HEAD, TAIL, EVEN)
+    cols = tl.arange(0, KEYS)
+    first = tl.cast(block, tl.int64) * KEYS
+    exists = first + cols < L
+    k_h, k_t = _load(k_ptr + first * stride_l, cols * stride_l, exists, K, HEAD, TAIL, EVEN)
+    v_h, v_t = _load(v_ptr + first * stride_l, cols * stride_l, exists, K, HEAD, TAIL, EVEN)
 
     to_log2 = scale * LOG2E
     rows = tl.arange(0, QUERIES)
-    q_offsets = rows.to(tl.int64) * stride_l
-    do_offsets = rows.to(tl.int64) * dout_stride_l
+    q_offsets = rows * stride_l
+    do_offsets = rows * dout_stride_l
     dk_h, dk_t = _zeros(KEYS, HEAD, TAIL)
     dv_h, dv_t = _zeros(KEYS, HEAD, TAIL)
     for start in tl.range(0, L, QUERIES, num_stages=STAGES):
@@ -388,7 +392,7 @@ def _key_block(
         wide = tl.cast(start, tl.int64)
         if DQ == "scratch":
             # Asked for long before it is needed. Blocks exist whole here, masked columns too: no masks.
-            at = dq_ptr + (token * (HEAD + TAIL))[:, None]
+            at = dq_ptr + wide * (HEAD + TAIL) + (rows * (HEAD + TAIL))[:, None]
             if not FIRST:
                 old_h = tl.load(at + tl.arange(0, HEAD)[None, :])
                 if TAIL > 0:
@@ -414,7 +418,7 @@ def _key_block(
             dq_h, dq_t = _zeros(QUERIES, HEAD, TAIL)
             dq_h, dq_t = _add_over_rows(tl.trans(ds), k_h, k_t, dq_h, dq_t, TAIL)
             if DQ == "atomic":
-                at = dq_ptr + (((b * L + token) * H + h) * K)[:, None]
+                at = dq_ptr + ((b * L + wide) * H + h) * K + (rows * (H * K))[:, None]
                 mask = _columns(K, 0, HEAD, live)
                 tl.atomic_add(at + tl.arange(0, HEAD)[None, :], dq_h, mask=mask, sem="relaxed")
                 if TAIL > 0:
@@ -427,8 +431,8 @@ def _key_block(
                         dq_t += old_t
                 if LAST:
                     dq_h, dq_t = dq_h * scale, dq_t * scale
-                    dq = (b * L + token) * (3 * H * K) + h * K
-                    _store(dqkv_ptr, dq, live, dq_h, dq_t, K, HEAD, TAIL)
+                    dq = dqkv_ptr + (b * L + wide) * (3 * H * K) + h * K
+                    _store(dq, rows * (3 * H * K), live, dq_h, dq_t, K, HEAD, TAIL)
                     if WANT_SUMS:
                         part = (b * tl.cdiv(L, QUERIES) + start // QUERIES) * H + h
                         _store_sums(part_q_ptr + part * K, dq_h, dq_t, K, HEAD, TAIL)
@@ -438,9 +442,9 @@ def _key_block(
                         tl.store(at + HEAD + tl.arange(0, TAIL)[None, :], dq_t)
 
     dk_h, dk_t = dk_h * scale, dk_t * scale
-    dk = (b * L + key) * (3 * H * K) + H * K + h * K
-    _store(dqkv_ptr, dk, exists, dk_h, dk_t, K, HEAD, TAIL)
-    _store(dqkv_ptr, dk + H * K, exists, dv_h, dv_t, K, HEAD, TAIL)
+    dk_ptr = dqkv_ptr + (b * L + first) * (3 * H * K) + H * K + h * K
+    _store(dk_ptr, cols * (3 * H * K), exists, dk_h, dk_t, K, HEAD, TAIL)
+    _store(dk_ptr + H * K, cols * (3 * H * K), exists, dv_h, dv_t, K, HEAD, TAIL)
     if WANT_SUMS:
         part = part_kv_ptr + (((b * blocks + block) * 2) * H + h) * K
         _store_sums(part, dk_h, dk_t, K, HEAD, TAIL)
@@ -527,13 +531,12 @@ def attention_backward_joint(
         h = bh % H
         b = bh // H
         for start in tl.range(0, L, QUERIES, num_stages=1):
-            token = start + rows
-            live = token < L
-            row = token.to(tl.int64)
-            do_ptr = dout_ptr + b * dout_stride_b + h * K
-            do_h, do_t = _load(do_ptr, row * dout_stride_l, live, K, HEAD, TAIL, EVEN)
-            o_h, o_t = _load(out_ptr, (b * L + row) * (H * K) + h * K, live, K, HEAD, TAIL, EVEN)
-            tl.store(delta_ptr + bh * L + token, _row_products(do_h, do_t, o_h, o_t, TAIL), mask=live)
+            first = tl.cast(start, tl.int64)
+            live = first + rows < L
+            do_ptr = dout_ptr + b * dout_stride_b + first * dout_stride_l + h * K
+            do_h, do_t = _load(do_ptr, rows * dout_stride_l, live, K, HEAD, TAIL, EVEN)
+            o_h, o_t = _load(out_ptr + ((b * L + first) * H + h) * K, rows * (H * K), live, K, HEAD, TAIL, EVEN)
+            tl.store(delta_ptr + bh * L + first + rows, _row_products(do_h, do_t, o_h, o_t, TAIL), mask=live)
         tl.debug_barrier()
         _key_block(
             qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, scratch_ptr, part_q_ptr, part_kv_ptr,
@@ -579,10 +582,12 @@ def attention_backward_finish(
     bh = (pid // blocks).to(tl.int64)
     h = bh % H
     b = bh // H
-    token = block * QUERIES + tl.arange(0, QUERIES)
-    row = b * L + token
-    dq_h, dq_t = _load(dq_ptr, row * (H * K) + h * K, token < L, K, HEAD, TAIL, False)
+    rows = tl.arange(0, QUERIES)
+    first = block.to(tl.int64) * QUERIES
+    live = first + rows < L
+    row = b * L + first
+    dq_h, dq_t = _load(dq_ptr + (row * H + h) * K, rows * (H * K), live, K, HEAD, TAIL, False)
     dq_h, dq_t = dq_h * scale, dq_t * scale
-    _store(dqkv_ptr, row * (3 * H * K) + h * K, token < L, dq_h, dq_t, K, HEAD, TAIL)
+    _store(dqkv_ptr + (row * 3 * H + h) * K, rows * (3 * H * K), live, dq_h, dq_t, K, HEAD, TAIL)
     if WANT_SUMS:
         _store_sums(part_ptr + ((b * blocks + block) * H + h) * K, dq_h, dq_t, K, HEAD, TAIL)

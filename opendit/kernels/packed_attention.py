@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from opendit.kernels._attention import (
     JOINT_LIMIT,
+    STRIDE_LIMIT,
     VARIANTS,
     Backward,
     Launch,
@@ -51,8 +52,10 @@ def packed_attention_reference(qkv: Tensor, *, scale: float | None = None) -> Te
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """The tensor itself if each token's elements lie together, whatever the strides of B and L; else a copy."""
+    """The tensor itself if each token's elements lie together, whatever B's stride and almost any of L; else a copy."""
     dense = 1
+    if tensor.stride(1) >= STRIDE_LIMIT:
+        return tensor.contiguous()
     for size, stride in zip(tensor.shape[:1:-1], tensor.stride()[:1:-1], strict=True):
         if size != 1 and stride != dense:
             return tensor.contiguous()
