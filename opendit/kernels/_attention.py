@@ -72,9 +72,9 @@ def forward_launch(length: int, head_dim: int, itemsize: int) -> Launch:
         return Launch(queries=32, keys=16, warps=4, stages=1)
     if itemsize > 2:  # for tests: no matrix unit, so blocks that fit are enough
         return Launch(queries=32, keys=32, warps=4, stages=1)
-    if length <= 64:
+    if head_dim <= 96:  # three programs fit a multiprocessor, so that one's exponentials hide another's products
         return Launch(queries=64, keys=64, warps=4, stages=2)
-    return Launch(queries=128, keys=64, warps=4 if head_dim <= 64 else 8, stages=3)
+    return Launch(queries=128, keys=64, warps=8, stages=2)
 
 
 def backward_launch(length: int, head_dim: int, itemsize: int, variant: str | None = None) -> Backward:
@@ -85,10 +85,9 @@ def backward_launch(length: int, head_dim: int, itemsize: int, variant: str | No
     if itemsize > 2:
         tile = Launch(queries=32, keys=32, warps=4, stages=1)
         return Backward(variant or "split", keys=tile, queries=tile)
-    wide = head_dim > 96
-    queries = Launch(queries=64, keys=64, warps=4, stages=2)
-    keys = Launch(queries=64, keys=128 if wide else 64, warps=8 if wide else 4, stages=2)
-    if variant in ("joint", "atomic"):
+    queries = Launch(queries=64, keys=64 if head_dim <= 96 else 32, warps=4, stages=2)
+    keys = Launch(queries=32, keys=64, warps=4, stages=2)
+    if variant in ("joint", "atomic"):  # 64 queries at least: the matrix unit takes no fewer rows of dq
         keys = Launch(queries=64, keys=128, warps=8, stages=2)
     return Backward(variant or "split", keys=keys, queries=queries)
 
@@ -390,13 +389,6 @@ def _key_block(
         token = start + rows
         live = token < L
         wide = tl.cast(start, tl.int64)
-        if DQ == "scratch":
-            # Asked for long before it is needed. Blocks exist whole here, masked columns too: no masks.
-            at = dq_ptr + wide * (HEAD + TAIL) + (rows * (HEAD + TAIL))[:, None]
-            if not FIRST:
-                old_h = tl.load(at + tl.arange(0, HEAD)[None, :])
-                if TAIL > 0:
-                    old_t = tl.load(at + HEAD + tl.arange(0, TAIL)[None, :])
         q_h, q_t = _load(q_ptr + wide * stride_l, q_offsets, live, K, HEAD, TAIL, EVEN)
         do_h, do_t = _load(do_ptr + wide * dout_stride_l, do_offsets, live, K, HEAD, TAIL, EVEN)
         if EVEN:
@@ -416,6 +408,12 @@ def _key_block(
 
         if DQ != "none":
             dq_h, dq_t = _zeros(QUERIES, HEAD, TAIL)
+            if DQ == "scratch":  # rows and columns that do not exist have their place in it: no masks
+                at = dq_ptr + wide * (HEAD + TAIL) + (rows * (HEAD + TAIL))[:, None]
+                if not FIRST:
+                    dq_h = tl.load(at + tl.arange(0, HEAD)[None, :])
+                    if TAIL > 0:
+                        dq_t = tl.load(at + HEAD + tl.arange(0, TAIL)[None, :])
             dq_h, dq_t = _add_over_rows(tl.trans(ds), k_h, k_t, dq_h, dq_t, TAIL)
             if DQ == "atomic":
                 at = dq_ptr + ((b * L + wide) * H + h) * K + (rows * (H * K))[:, None]
@@ -425,10 +423,6 @@ def _key_block(
                     mask = _columns(K, HEAD, TAIL, live)
                     tl.atomic_add(at + HEAD + tl.arange(0, TAIL)[None, :], dq_t, mask=mask, sem="relaxed")
             else:
-                if not FIRST:
-                    dq_h += old_h
-                    if TAIL > 0:
-                        dq_t += old_t
                 if LAST:
                     dq_h, dq_t = dq_h * scale, dq_t * scale
                     dq = dqkv_ptr + (b * L + wide) * (3 * H * K) + h * K
@@ -483,9 +477,36 @@ def attention_backward_keys(
     bh = (pid // blocks).to(tl.int64)
     DQ: tl.constexpr = "atomic" if ATOMIC else "none"
     _key_block(
-        qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dq_ptr, part_kv_ptr, part_kv_ptr,
-        stride_b, stride_l, dout_stride_b, dout_stride_l, L, scale, bh // H, bh % H, pid % blocks, blocks,
-        H, K, HEAD, TAIL, QUERIES, KEYS, STAGES, EVEN, DQ, True, True, WANT_SUMS,
+        qkv_ptr,
+        dout_ptr,
+        lse_ptr,
+        delta_ptr,
+        dqkv_ptr,
+        dq_ptr,
+        part_kv_ptr,
+        part_kv_ptr,
+        stride_b,
+        stride_l,
+        dout_stride_b,
+        dout_stride_l,
+        L,
+        scale,
+        bh // H,
+        bh % H,
+        pid % blocks,
+        blocks,
+        H,
+        K,
+        HEAD,
+        TAIL,
+        QUERIES,
+        KEYS,
+        STAGES,
+        EVEN,
+        DQ,
+        True,
+        True,
+        WANT_SUMS,
     )
 
 
@@ -539,24 +560,105 @@ def attention_backward_joint(
             tl.store(delta_ptr + bh * L + first + rows, _row_products(do_h, do_t, o_h, o_t, TAIL), mask=live)
         tl.debug_barrier()
         _key_block(
-            qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, scratch_ptr, part_q_ptr, part_kv_ptr,
-            stride_b, stride_l, dout_stride_b, dout_stride_l, L, scale, b, h, 0, BLOCKS,
-            H, K, HEAD, TAIL, QUERIES, KEYS, STAGES, EVEN, "scratch", True, BLOCKS == 1, WANT_SUMS,
+            qkv_ptr,
+            dout_ptr,
+            lse_ptr,
+            delta_ptr,
+            dqkv_ptr,
+            scratch_ptr,
+            part_q_ptr,
+            part_kv_ptr,
+            stride_b,
+            stride_l,
+            dout_stride_b,
+            dout_stride_l,
+            L,
+            scale,
+            b,
+            h,
+            0,
+            BLOCKS,
+            H,
+            K,
+            HEAD,
+            TAIL,
+            QUERIES,
+            KEYS,
+            STAGES,
+            EVEN,
+            "scratch",
+            True,
+            BLOCKS == 1,
+            WANT_SUMS,
         )
         if BLOCKS > 2:
             for block in range(1, BLOCKS - 1):
                 tl.debug_barrier()
                 _key_block(
-                    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, scratch_ptr, part_q_ptr, part_kv_ptr,
-                    stride_b, stride_l, dout_stride_b, dout_stride_l, L, scale, b, h, block, BLOCKS,
-                    H, K, HEAD, TAIL, QUERIES, KEYS, STAGES, EVEN, "scratch", False, False, WANT_SUMS,
+                    qkv_ptr,
+                    dout_ptr,
+                    lse_ptr,
+                    delta_ptr,
+                    dqkv_ptr,
+                    scratch_ptr,
+                    part_q_ptr,
+                    part_kv_ptr,
+                    stride_b,
+                    stride_l,
+                    dout_stride_b,
+                    dout_stride_l,
+                    L,
+                    scale,
+                    b,
+                    h,
+                    block,
+                    BLOCKS,
+                    H,
+                    K,
+                    HEAD,
+                    TAIL,
+                    QUERIES,
+                    KEYS,
+                    STAGES,
+                    EVEN,
+                    "scratch",
+                    False,
+                    False,
+                    WANT_SUMS,
                 )
         if BLOCKS > 1:
             tl.debug_barrier()
             _key_block(
-                qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, scratch_ptr, part_q_ptr, part_kv_ptr,
-                stride_b, stride_l, dout_stride_b, dout_stride_l, L, scale, b, h, BLOCKS - 1, BLOCKS,
-                H, K, HEAD, TAIL, QUERIES, KEYS, STAGES, EVEN, "scratch", False, True, WANT_SUMS,
+                qkv_ptr,
+                dout_ptr,
+                lse_ptr,
+                delta_ptr,
+                dqkv_ptr,
+                scratch_ptr,
+                part_q_ptr,
+                part_kv_ptr,
+                stride_b,
+                stride_l,
+                dout_stride_b,
+                dout_stride_l,
+                L,
+                scale,
+                b,
+                h,
+                BLOCKS - 1,
+                BLOCKS,
+                H,
+                K,
+                HEAD,
+                TAIL,
+                QUERIES,
+                KEYS,
+                STAGES,
+                EVEN,
+                "scratch",
+                False,
+                True,
+                WANT_SUMS,
             )
         tl.debug_barrier()
 

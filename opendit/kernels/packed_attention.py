@@ -13,6 +13,8 @@ dq, dk and dv go straight into dqkv [B, L, 3, H, K], so that nothing is stacked 
 tokens, which are the gradient of the projection's bias, can be had from the same pass.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 import math
 from typing import Any
 
@@ -65,7 +67,7 @@ def _packed(tensor: Tensor) -> Tensor:
 
 def _options(launch: Launch, wrap: Any) -> dict[str, int]:
     """Triton's own launch arguments. torch.compile's wrapper knows no register cap."""
-    capped = {"maxnreg": launch.registers} if launch.registers and wrap is direct else {}
+    capped = {"maxnreg": launch.registers} if launch.registers and wrap is not torch.library.wrap_triton else {}
     return {"num_warps": launch.warps, **capped}
 
 
@@ -95,7 +97,10 @@ def launch_forward(
     blocks = -(-L // launch.queries)
     wrap(attention_forward)[(B * H * blocks,)](
         *(qkv, out, lse, qkv.stride(0), qkv.stride(1), L, blocks, scale),
-        **{"H": H, "K": K, "HEAD": HEAD, "TAIL": TAIL},
+        H=H,
+        K=K,
+        HEAD=HEAD,
+        TAIL=TAIL,
         **_tile(launch, L),
         **_options(launch, wrap),
     )
@@ -105,7 +110,7 @@ def launch_forward(
 def backward_fake(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, bias_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """The backward's outputs, unwritten: dqkv [B, L, 3, H, K], contiguous; sums [3·H·K] float32, empty if not wanted."""
+    """The backward's outputs, unwritten: dqkv [B, L, 3, H, K], contiguous; sums [3·H·K] float32, or empty."""
     _, _, _, H, K = qkv.shape
     return qkv.new_empty(qkv.shape), qkv.new_empty((3 * H * K if bias_sums else 0,), dtype=torch.float32)
 
