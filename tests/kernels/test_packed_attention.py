@@ -50,6 +50,7 @@ def check(shape, dtype, device, *, strided=False, scale=None, variants=VARIANTS,
     out, lse = module.forward(qkv, scale)
     assert out.is_contiguous()
     assert lse.dtype == F32
+    differ = []
     pairs = [("out", out, want["out"], dtype), ("lse", lse, want["lse"], F32)]
     for variant in variants:
         launch = module.backward_launch(L, K, qkv.element_size(), variant)
@@ -60,13 +61,13 @@ def check(shape, dtype, device, *, strided=False, scale=None, variants=VARIANTS,
         pairs.append((f"{variant} sums", sums, want["sums"], dtype))
         bare, none = module.backward(dout, qkv, out, lse, scale, bias_sums=False, launch=launch)
         assert none.numel() == 0
-        if variant != "atomic":
-            assert torch.equal(bare, dqkv)
+        if variant != "atomic" and not torch.equal(bare, dqkv):
+            differ.append(f"{variant} differs when repeated without sums")
     errors = [(name, relative_error(got, expected), kind) for name, got, expected, kind in pairs]
     # Sums over tokens of what nearly cancels are coarser than their terms.
     allowed = {name: TOLERANCE[kind] * (2.5 if "sums" in name or " d" in name else 1) for name, _, kind in errors}
     problems = [f"{name} is off by {error:.1e}" for name, error, _ in errors if not error <= allowed[name]]
-    assert not problems, "; ".join(problems)
+    assert not problems + differ, "; ".join(problems + differ)
 
 
 @pytest.mark.parametrize(
