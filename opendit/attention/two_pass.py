@@ -16,13 +16,12 @@ from opendit.attention import packages
 from opendit.attention.backends import BACKENDS
 
 _aten = torch.ops.aten
-# What each pair saves: the logarithm of the softmax's denominator and, for torch's, the state of a dropout never used.
-SAVES = {"sdpa-cudnn": 3, "sdpa-flash": 3, "flash-attn-4": 1}
+_PAIRED = {"cuda": ("sdpa-cudnn", "sdpa-flash", "flash-attn-4"), "cpu": ("sdpa-flash",)}
 
 
 def paired(backend: str, device: torch.device) -> bool:
     """Whether the backward does without another forward."""
-    return device.type == "cuda" and backend in SAVES
+    return backend in _PAIRED.get(device.type, ())
 
 
 def resolve(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -34,7 +33,9 @@ def resolve(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, list[Tensor]]:
-    """(out, what the backward needs). Nothing is recorded for autograd."""
+    """(out, what the backward needs: the logarithm of the softmax's denominator and, for CUDA kernels of torch, the
+    state of a dropout that is not used). Nothing is recorded for autograd.
+    """
     if not paired(backend, q.device):
         with torch.no_grad():
             return BACKENDS[backend].run(q, k, v, None, 0.0, None), []
@@ -42,6 +43,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, list
         out, lse = packages._forward(q, k, v, q.shape[-1] ** -0.5)
         return out, [lse]
     q, k, v = _heads_first(q, k, v)
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out.transpose(1, 2), [lse]
     if backend == "sdpa-cudnn":
         out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, False, False
@@ -66,6 +70,9 @@ def backward(
         return packages._backward(dout, q, k, v, out, saved[0], q.shape[-1] ** -0.5)
     L = q.shape[1]
     q, k, v, dout, out = _heads_first(q, k, v, dout, out)
+    if q.device.type == "cpu":
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, saved[0], 0.0, False)
+        return _tokens_first(*found)
     lse, seed, offset = saved
     if backend == "sdpa-cudnn":
         found = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -75,8 +82,11 @@ def backward(
         found = _aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, L, L, 0.0, False, seed, offset
         )
-    dq, dk, dv = (t.transpose(1, 2) for t in found)
-    return dq, dk, dv
+    return _tokens_first(*found)
+
+
+def _tokens_first(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

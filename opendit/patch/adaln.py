@@ -20,11 +20,12 @@ from opendit.kernels.backend import resolve
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from opendit.kernels.layernorm_modulate import layernorm_modulate
-from opendit.patch.block import adaln_block
-from opendit.patch.core import Patched, autocast_dtype
-from opendit.patch.parts import AttentionParts, MlpParts, parts_of
+from opendit.patch.block import Static, adaln_block
+from opendit.patch.core import Patched, autocast_dtype, hooked
+from opendit.patch.parts import AttentionParts, MlpParts, parts_of, plain_linear
 
 Sublayer = Callable[[Tensor], Tensor]
+Ada = nn.Module | tuple[nn.Module, ...]
 
 
 class FusedAdaLN(Patched):
@@ -50,19 +51,24 @@ class FusedAdaLN(Patched):
         )
 
     def _block(
-        self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
+        self, x: Tensor, c: Tensor, ada: Ada, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
     ) -> Tensor:
-        """The block; modulation [B, 6·D] holds shift, scale, gate for attn, then for mlp."""
+        """The block; `ada` maps c [B, C] to [B, 6·D]: shift, scale, gate for attn, then for mlp."""
         lower = autocast_dtype(x)
         if lower is not None and self._opendit_residual != "inherit":
             x = x.float() if self._opendit_residual == "fp32" else x.to(torch.bfloat16)
-        whole = self._whole(x, lower, modulation, norm_a, attn, norm_m, mlp)
+        whole = self._whole(x, lower, c, ada, norm_a, attn, norm_m, mlp)
         if whole is not None:
             return whole
+        if isinstance(ada, tuple):
+            for module in ada:
+                c = module(c)
+        else:
+            c = ada(c)
         if self._opendit_keep == "full" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._in_parts, x, modulation, norm_a, attn, norm_m, mlp, use_reentrant=False)
+            out: Tensor = checkpoint(self._in_parts, x, c, norm_a, attn, norm_m, mlp, use_reentrant=False)
             return out
-        return self._in_parts(x, modulation, norm_a, attn, norm_m, mlp)
+        return self._in_parts(x, c, norm_a, attn, norm_m, mlp)
 
     def _in_parts(
         self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Sublayer, norm_m: nn.LayerNorm, mlp: Sublayer
@@ -87,7 +93,8 @@ class FusedAdaLN(Patched):
         self,
         x: Tensor,
         lower: torch.dtype | None,
-        modulation: Tensor,
+        c: Tensor,
+        ada: Ada,
         norm_a: nn.LayerNorm,
         attn: Any,
         norm_m: nn.LayerNorm,
@@ -102,32 +109,40 @@ class FusedAdaLN(Patched):
             return self._not_whole(f"attention: {attn_parts}")
         if not isinstance(mlp_parts, MlpParts):
             return self._not_whole(f"MLP: {mlp_parts}")
+        modules = tuple(ada) if type(ada) is nn.Sequential and not hooked(ada) else ada
+        if not (
+            isinstance(modules, tuple)
+            and [type(m) for m in modules] == [nn.SiLU, nn.Linear]
+            and not hooked(modules[0])
+            and isinstance(last := modules[1], nn.Linear)
+            and plain_linear(last)
+        ):
+            return self._not_whole("its modulation is not SiLU and torch's own Linear")
         dtype = lower or attn_parts.proj.weight.dtype
-        reason = self._why_in_parts(x, modulation, dtype, norm_a, norm_m)
+        reason = self._why_in_parts(x, dtype, norm_a, norm_m)
         if reason is not None:
             return self._not_whole(reason)
         B, L, D = x.shape
         backend = choose_backend(attn_parts.backend, x.device, dtype, (B, L, attn_parts.heads, D // attn_parts.heads))
-        if not forced and not two_pass.paired(backend, x.device):
+        if not two_pass.paired(backend, x.device) and (not forced or torch.compiler.is_compiling()):
             return self._not_whole(f"attention: {backend} has no backward of its own")
-        weights = [linear.weight for linear in attn_parts.qkv]
-        biases = [linear.bias for linear in attn_parts.qkv if linear.bias is not None]
-        others = [t for m in (attn_parts.proj, mlp_parts.fc1, mlp_parts.fc2) for t in (m.weight, m.bias)]
-        return adaln_block(
-            x,
-            modulation,
-            (weights, biases, others),
+        groups: list[list[Tensor]] = []
+        for linears in ((last,), attn_parts.qkv, (attn_parts.proj,), (mlp_parts.fc1,), (mlp_parts.fc2,)):
+            groups.append([linear.weight for linear in linears])
+            groups.append([linear.bias for linear in linears if linear.bias is not None])
+        static = Static(
             heads=attn_parts.heads,
-            eps=(norm_a.eps, norm_m.eps),
+            eps_a=norm_a.eps,
+            eps_m=norm_m.eps,
             tanh=mlp_parts.tanh,
             attention=backend,
             keep=self._opendit_keep,
             dtype=dtype,
+            counts=tuple(len(group) for group in groups),
         )
+        return adaln_block(x, c, groups, static)
 
-    def _why_in_parts(
-        self, x: Tensor, modulation: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm
-    ) -> str | None:
+    def _why_in_parts(self, x: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm) -> str | None:
         names = (*BLOCK_KERNELS, "gelu")
         double = x.dtype == torch.float64 or dtype == torch.float64
         if any(resolve(self._kernel(n), n, x.device, x.shape[-1], double) != "triton" for n in names):
@@ -138,11 +153,8 @@ class FusedAdaLN(Patched):
             return "its norms have weights of their own"
         if self._opendit_fusion == "auto" and dtype not in (torch.bfloat16, torch.float16):
             return f"it computes in {dtype}, where torch's attention has no separate backward"
-        promoted = torch.promote_types(torch.promote_types(x.dtype, dtype), modulation.dtype)
-        if promoted != x.dtype:
-            return f"a {x.dtype} residual with {dtype} sublayers and {modulation.dtype} modulation"
-        if torch.compiler.is_compiling():
-            return "torch.compile is at work"
+        if torch.promote_types(x.dtype, dtype) != x.dtype:
+            return f"a {x.dtype} residual with {dtype} sublayers"
         return None
 
     def _not_whole(self, reason: str) -> Tensor | None:

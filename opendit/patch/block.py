@@ -1,34 +1,33 @@
 """A whole transformer block with adaptive LayerNorm as one autograd function, with its backward written out.
 
+    (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = SiLU(c)·Wadaᵀ + bada
     h_a = LN(x)·(1 + scale_a) + shift_a;   qkv = h_a·Wqkvᵀ + bqkv;   o = attention(qkv);   y_a = o·Wprojᵀ + bproj
     r   = x + gate_a·y_a
     h_m = LN(r)·(1 + scale_m) + shift_m;   p = h_m·W1ᵀ + b1;         g = GELU(p);          y_m = g·W2ᵀ + b2
     out = r + gate_m·y_m
 
-x, r, out [B, L, D] in the residual stream's dtype; modulation [B, 6·D] = (shift, scale, gate) of attention, then of the
-MLP; everything between is in the compute dtype: qkv [B, L, 3·D], p, g [B, L, F], the others [B, L, D]. B batch,
-L tokens, D hidden, F hidden of the MLP, H heads.
+x, r, out [B, L, D] in the residual stream's dtype; c [B, C]; everything between is in the compute dtype: qkv
+[B, L, 3·D], p, g [B, L, F], the others [B, L, D]. B batch, L tokens, D hidden, F hidden of the MLP, H heads. M = B·L.
 
 What one function gains over its parts: bias gradients come out of passes that are made anyway; dq, dk and dv are packed
-once; h_a, h_m and g need not be kept, since the backward's passes write them again on their way (``keep``); weight
+once or never apart; h_a, h_m and g need not be kept, since the backward's passes write them again on their way; weight
 gradients leave the matrix product in the parameters' own dtype; W2 is laid out as the matrix products like it; and
 between two of forty launches there is next to no Python.
-
-``keep`` is "all": 18·D values per token are saved between forward and backward; "selective": 12·D, h_a, h_m and g are
-computed again; "full": D, the whole forward is computed again.
 """
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opendit.attention import two_pass
+from opendit.kernels import attention_backward as short_attention
 from opendit.kernels import gate_residual as gating
 from opendit.kernels import gate_residual_layernorm_modulate as fused
 from opendit.kernels import gelu as activation
@@ -36,41 +35,78 @@ from opendit.kernels import layernorm_modulate as norm
 from opendit.kernels import pack_qkv as packing
 
 KEEP = ("all", "selective", "full")
+"""What is kept between forward and backward, per token: 18·D values; 12·D, with h_a, h_m and g computed again; D (x),
+with the whole forward computed again."""
+
 # From this many tokens on, another layout of W2 saves more in the matrix products than its copy costs: on an H200 at
-# 65536 tokens, D=1152, F=4608, 0.96 for 1.05 ms forward, 0.95 for 1.12 and 0.93 for 1.17 backward, for 0.02 ms.
+# 65536 tokens, D=1152, F=4608, 0.96 for 1.05 ms forward, 0.95 for 1.12 and 0.93 for 1.17 backward, for 0.04 ms.
 _TRANSPOSE_FROM = 4096
 
-# The parameters, in this order: Wqkv, bqkv, Wproj, bproj, W1, b1, W2, b2. Weights [out, in]; biases may be absent. qkv
-# may be three weights and three biases, one each for q, k and v.
-Parameters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]
+PARAMETERS = ("ada_w", "ada_b", "qkv_w", "qkv_b", "proj_w", "proj_b", "w1", "b1", "w2", "b2")
+"""A block's parameters: weights [out, in]; biases may be absent; qkv_w and qkv_b may be three tensors,
+for q, k and v."""
+W2 = PARAMETERS.index("w2")
 
 
-def cast_weights(
-    qkv_w: Sequence[Tensor], qkv_b: Sequence[Tensor], others: Sequence[Tensor | None], dtype: torch.dtype, tokens: int
-) -> list[Tensor | None]:
-    """[Wqkv, bqkv, Wproj, bproj, W1, b1, W2ᵀ, b2] in `dtype`, W2ᵀ [F, D] being a view or a copy, whichever pays."""
+class Static(NamedTuple):
+    """All about a call that is no tensor. `counts`: how many tensors each of PARAMETERS is."""
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype)
+    heads: int
+    eps_a: float
+    eps_m: float
+    tanh: bool
+    attention: str
+    keep: str
+    dtype: torch.dtype
+    counts: tuple[int, ...]
 
-    def joined(parts: Sequence[Tensor]) -> Tensor | None:
-        if len(parts) < 2:
-            return cast(parts[0]) if parts else None
-        out = parts[0].new_empty((sum(len(p) for p in parts), *parts[0].shape[1:]), dtype=dtype)
-        at = 0
-        for part in parts:
-            out[at : at + len(part)].copy_(part.detach())
-            at += len(part)
-        return out
 
-    wproj, bproj, w1, b1, w2, b2 = others
-    assert w2 is not None
-    w2t = w2.detach().t()
-    if w2.is_cuda and tokens >= _TRANSPOSE_FROM:
-        w2t = torch.empty(w2t.shape, dtype=dtype, device=w2.device).copy_(w2t)
-    else:
-        w2t = w2t.to(dtype)
-    return [joined(qkv_w), joined(qkv_b), cast(wproj), cast(bproj), cast(w1), cast(b1), w2t, cast(b2)]
+Groups = Sequence[Sequence[Tensor]]
+
+
+def grouped(flat: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
+    """The entries of `flat`, one list for each of PARAMETERS."""
+    groups, at = [], 0
+    for count in counts:
+        groups.append(flat[at : at + count])
+        at += count
+    return groups
+
+
+def _is_cast(index: int, group: Sequence[Tensor], dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the weight that the block computes with is a tensor of its own, not the parameter."""
+    if len(group) != 1:
+        return len(group) > 1
+    return group[0].dtype != dtype or (index == W2 and _turned(group[0], tokens))
+
+
+def _turned(w2: Tensor, tokens: int) -> bool:
+    """Whether W2 is copied into [F, D]."""
+    return w2.is_cuda and tokens >= _TRANSPOSE_FROM
+
+
+def cast_weights(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor | None]:
+    """The parameters as the block computes with them: in `dtype`, q's, k's and v's as one, W2 turned to [F, D]."""
+    weights: list[Tensor | None] = []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for index, group in enumerate(groups):
+        if not group:
+            weights.append(None)
+        elif not _is_cast(index, group, dtype, tokens):
+            weights.append(group[0].t() if index == W2 else group[0])
+        else:
+            shape = (sum(len(p) for p in group), *group[0].shape[1:])
+            if index == W2 and _turned(group[0], tokens):
+                weights.append(group[0].new_empty(shape[::-1], dtype=dtype).copy_(group[0].t()))
+                continue
+            whole = group[0].new_empty(shape, dtype=dtype)
+            targets += whole.split([len(p) for p in group]) if len(group) > 1 else [whole]
+            sources += group
+            weights.append(whole.t() if index == W2 else whole)
+    if targets:
+        torch._foreach_copy_(targets, sources)  # one launch for all of them
+    return weights
 
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,123 +123,141 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
+def _short(attention: str, qkv: Tensor) -> bool:
+    """Whether attention's backward is our own kernel: after cuDNN's forward, where that one's backward pads most.
+
+    On an H200 at B=256, L=256, 16 heads of 72: 1.23 ms, packed and with the bias gradient, against 1.22 + 0.2 to pack.
+    """
+    L, K = qkv.shape[1], qkv.shape[4]
+    return attention == "sdpa-cudnn" and L <= 256 and 64 < K < 96 and short_attention.fits(qkv.dtype, K)
+
+
+class _Launch:
+    """The kernels, and what stands for them where only shapes are asked for."""
+
+    norm = staticmethod(norm.launch_forward)
+    fused = staticmethod(fused.launch_forward)
+    gelu = staticmethod(activation.launch_forward)
+    gate = staticmethod(gating.launch_forward)
+
+
+class _Fake:
+    norm = staticmethod(norm.forward_fake)
+    fused = staticmethod(fused.forward_fake)
+    gelu = staticmethod(activation.forward_fake)
+    gate = staticmethod(gating.forward_fake)
+
+
 class _Forward:
     """The forward's intermediate results, by name."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        weights: Sequence[Tensor | None],
-        heads: int,
-        eps: Sequence[float],
-        tanh: bool,
-        attention: str,
-    ) -> None:
-        wqkv, bqkv, wproj, bproj, w1, b1, w2t, b2 = weights
-        assert wqkv is not None
-        assert wproj is not None
-        assert w1 is not None
-        assert w2t is not None
-        B, L, D = x.shape
-        M, dtype = B * L, wqkv.dtype
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
-        h_a, self.mean_a, self.rstd_a = norm.launch_forward(x, shift_a, scale_a, None, None, eps[0], dtype)
-        self.qkv = _linear(h_a.view(M, D), wqkv.t(), bqkv).view(B, L, 3, heads, -1)
-        q, k, v = self.qkv.unbind(2)
-        o, self.attention = two_pass.forward(q, k, v, attention)
-        self.o = o.reshape(B, L, -1)
-        self.y_a = _linear(self.o.view(M, -1), wproj.t(), bproj).view(B, L, D)
-        self.r, h_m, self.mean_m, self.rstd_m = fused.launch_forward(
-            x, self.y_a, gate_a, shift_m, scale_m, None, None, eps[1], dtype
-        )
-        self.p = _linear(h_m.view(M, D), w1.t(), b1)
-        g = activation.launch_forward(self.p, tanh)
-        self.y_m = _linear(g, w2t, b2).view(B, L, D)
-        self.out = gating.launch_forward(self.r, self.y_m, gate_m)
-        self.h_a, self.h_m, self.g = h_a, h_m, g
-
-    ALWAYS = ("mean_a", "rstd_a", "qkv", "o", "y_a", "r", "mean_m", "rstd_m", "p", "y_m")
+    SMALL = ("modulation", "mean_a", "rstd_a", "mean_m", "rstd_m")
+    LARGE = ("qkv", "o", "y_a", "r", "p", "y_m")
     CHEAP = ("h_a", "h_m", "g")
 
+    def __init__(self, x: Tensor, c: Tensor, weights: Sequence[Any], static: Static, run: Any = _Launch) -> None:
+        ada_w, ada_b, qkv_w, qkv_b, proj_w, proj_b, w1, b1, w2t, b2 = weights
+        B, L, D = x.shape
+        M, dtype = B * L, static.dtype
+        self.modulation = _linear(F.silu(c).to(dtype), ada_w.t(), ada_b)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation.chunk(6, dim=1)
+        self.h_a, self.mean_a, self.rstd_a = run.norm(x, shift_a, scale_a, None, None, static.eps_a, dtype)
+        self.qkv = _linear(self.h_a.view(M, D), qkv_w.t(), qkv_b).view(B, L, 3, static.heads, -1)
+        q, k, v = self.qkv.unbind(2)
+        o, self.attention = two_pass.forward(q, k, v, static.attention)
+        self.o = o.reshape(B, L, -1)
+        self.y_a = _linear(self.o.view(M, -1), proj_w.t(), proj_b).view(B, L, D)
+        self.r, self.h_m, self.mean_m, self.rstd_m = run.fused(
+            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, dtype
+        )
+        self.p = _linear(self.h_m.view(M, D), w1.t(), b1)
+        self.g = run.gelu(self.p, static.tanh)
+        self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
+        self.out = run.gate(self.r, self.y_m, gate_m)
+
     def saved(self, keep: str) -> list[Tensor]:
-        if keep == "full":
-            return []
-        names = self.ALWAYS + (self.CHEAP if keep == "all" else ())
-        return [getattr(self, name) for name in names] + self.attention
+        """What the backward needs besides the inputs, in the order of `_names`."""
+        return [] if keep == "full" else [getattr(self, name) for name in _names(keep)] + self.attention
 
 
-def forward(
-    x: Tensor,
-    modulation: Tensor,
-    weights: Sequence[Tensor | None],
-    heads: int,
-    eps: Sequence[float],
-    tanh: bool,
-    attention: str,
-    keep: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """(out, what the backward needs besides the inputs). `weights` as `cast_weights` gives them."""
-    done = _Forward(x, modulation, weights, heads, eps, tanh, attention)
-    return done.out, done.saved(keep)
+def _names(keep: str) -> tuple[str, ...]:
+    return _Forward.SMALL + _Forward.LARGE + (_Forward.CHEAP if keep == "all" else ())
+
+
+def forward(x: Tensor, c: Tensor, groups: Groups, static: Static, run: Any = _Launch) -> tuple[Tensor, list[Tensor]]:
+    """(out, what `backward` needs besides the inputs: the weights that were cast, then the intermediate results)."""
+    tokens = x.shape[0] * x.shape[1]
+    weights = cast_weights(groups, static.dtype, tokens)
+    done = _Forward(x, c, weights, static, run)
+    cast = [w for i, w in enumerate(weights) if w is not None and _is_cast(i, groups[i], static.dtype, tokens)]
+    # W2 is handed on as it lies in memory, so that no output of the operator is a view.
+    return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(static.keep)
+
+
+def _weights_again(
+    groups: Groups, saved: Sequence[Tensor], static: Static, tokens: int
+) -> tuple[list[Any], Sequence[Tensor]]:
+    """(the weights as `cast_weights` gave them, the rest of `saved`)."""
+    weights: list[Any] = []
+    at = 0
+    for index, group in enumerate(groups):
+        if group and _is_cast(index, group, static.dtype, tokens):
+            laid_out_as_given = index == W2 and not _turned(group[0], tokens)
+            weights.append(saved[at].t() if laid_out_as_given else saved[at])
+            at += 1
+        else:
+            weights.append(None if not group else group[0].t() if index == W2 else group[0])
+    return weights, saved[at:]
 
 
 def backward(
     dout: Tensor,
     x: Tensor,
-    modulation: Tensor,
-    weights: Sequence[Tensor | None],
+    c: Tensor,
+    groups: Groups,
     saved: Sequence[Tensor],
-    heads: int,
-    eps: Sequence[float],
-    tanh: bool,
-    attention: str,
-    keep: str,
+    static: Static,
     wants: Sequence[bool],
-    dtypes: Sequence[torch.dtype],
-) -> list[Tensor | None]:
-    """[dx, dmodulation, dWqkv, dbqkv, dWproj, dbproj, dW1, db1, dW2, db2], None where not wanted.
+) -> dict[str, Tensor]:
+    """The gradients of x, c and PARAMETERS by name, as far as `wants` (in that order) asks; x's always.
 
-    wants: for each of these; dtypes: of the last eight, whatever the weights were cast to.
+    Weight gradients are accumulated in fp32 and rounded once to the parameter's dtype.
     """
-    if keep == "full":
-        done = _Forward(x, modulation, weights, heads, eps, tanh, attention)
-        saved, keep = done.saved("all"), "all"
-    names = _Forward.ALWAYS + (_Forward.CHEAP if keep == "all" else ())
-    s = dict(zip(names, saved, strict=False))
-    wqkv, _, wproj, _, w1, _, w2t, _ = weights
-    assert wqkv is not None
-    assert wproj is not None
-    assert w1 is not None
-    assert w2t is not None
     B, L, D = x.shape
-    M = B * L
-    _, want_mod, want_wqkv, want_bqkv, want_wproj, want_bproj, want_w1, want_b1, want_w2, want_b2 = wants
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
-    grads: list[Tensor | None] = [None] * 10
-
-    def weight_gradient(index: int, dy: Tensor, inputs: Tensor) -> None:
-        grads[index] = _product(dy.t(), inputs, dtypes[index - 2])
+    M, dtype = B * L, static.dtype
+    weights, saved = _weights_again(groups, saved, static, M)
+    ada_w, _, qkv_w, _, proj_w, _, w1, _, w2t, _ = weights
+    keep = static.keep
+    if keep == "full":
+        saved, keep = _Forward(x, c, weights, static).saved("all"), "all"
+    names = _names(keep)
+    s = dict(zip(names, saved, strict=False))
+    want = dict(zip(("x", "c", *PARAMETERS), wants, strict=True))
+    to = {name: group[0].dtype if group else dtype for name, group in zip(PARAMETERS, groups, strict=True)}
+    modulated = want["c"] or want["ada_w"] or want["ada_b"]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = s["modulation"].chunk(6, dim=1)
+    grads: dict[str, Tensor] = {}
 
     # out = r + gate_m·y_m
     dout = dout.contiguous()
-    dy_m = x.new_empty((B, L, D), dtype=s["y_m"].dtype)
-    sums_m = x.new_empty((B, int(want_mod) + int(want_b2), D), dtype=torch.float32)
-    gating.launch_backward_sums(dout, s["y_m"], gate_m, dy_m, sums_m, want_mod)
-    if want_b2:
-        grads[9] = (gate_m.float() * sums_m[:, -1]).sum(0).to(dtypes[7])
-    # y_m = GELU(p)·W2ᵀ + b2
-    dg = torch.mm(dy_m.view(M, D), w2t.t())
+    dy_m = torch.empty_like(s["y_m"])
+    sums_m = x.new_empty((B, int(modulated) + int(want["b2"]), D), dtype=torch.float32)
+    gating.launch_backward_sums(dout, s["y_m"], gate_m, dy_m, sums_m, modulated)
+    dy_m = dy_m.view(M, D)
+    if want["b2"]:
+        grads["b2"] = _through_gate(gate_m, sums_m[:, -1], to["b2"])
+    # y_m = g·W2ᵀ + b2, g = GELU(p)
+    dg = torch.mm(dy_m, w2t.t())
     g = s["g"] if keep == "all" else torch.empty_like(dg)
     dp = torch.empty_like(dg)
-    total = dg.new_empty(dg.shape[1], dtype=torch.float32) if want_b1 else None
-    activation.launch_backward_into(dg, s["p"], tanh, dp, None if keep == "all" else g, total)
+    db1 = dg.new_empty(dg.shape[1], dtype=torch.float32) if want["b1"] else None
+    activation.launch_backward_into(dg, s["p"], static.tanh, dp, None if keep == "all" else g, db1)
     del dg
-    if total is not None:
-        grads[7] = total.to(dtypes[5])
-    if want_w2:
-        # As gᵀ·dy, transposed: 0.93 for 1.17 ms at 65536 tokens. A gradient has its parameter's layout.
-        grads[8] = _product(g.t(), dy_m.view(M, D), dtypes[6]).t().contiguous()
+    if db1 is not None:
+        grads["b1"] = db1.to(to["b1"])
+    if want["w2"]:
+        # As gᵀ·dy, turned afterwards: a gradient has its parameter's layout.
+        grads["w2"] = _product(g.t(), dy_m, to["w2"]).t().contiguous()
     del g, dy_m
     # p = h_m·W1ᵀ + b1, h_m = LN(r)·(1 + scale_m) + shift_m, r = x + gate_a·y_a
     dh_m = torch.mm(dp, w1).view(B, L, D)
@@ -220,33 +274,30 @@ def backward(
         s["rstd_m"],
         x.dtype,
         torch.float32,
-        [True, True, want_mod, want_mod],
-        want_sum=want_bproj,
+        [True, True, modulated, modulated],
+        want_sum=want["proj_b"],
         shift=shift_m,
         modulated=None if keep == "all" else h_m,
     )
-    if want_bproj:
-        grads[5] = (gate_a.float() * sums_a[:, -1]).sum(0).to(dtypes[3])
-    if want_w1:
-        weight_gradient(6, dp, h_m.view(M, D))
+    dy_a = dy_a.view(M, D)
+    if want["proj_b"]:
+        grads["proj_b"] = _through_gate(gate_a, sums_a[:, -1], to["proj_b"])
+    if want["w1"]:
+        grads["w1"] = _product(dp.t(), h_m.view(M, D), to["w1"])
     del dp, h_m, dh_m
     # y_a = o·Wprojᵀ + bproj, o = attention(qkv)
-    do = torch.mm(dy_a.view(M, D), wproj)
-    if want_wproj:
-        weight_gradient(4, dy_a.view(M, D), s["o"].view(M, -1))
+    do = torch.mm(dy_a, proj_w)
+    if want["proj_w"]:
+        grads["proj_w"] = _product(dy_a.t(), s["o"].view(M, -1), to["proj_w"])
     del dy_a
-    per_head = (B, L, heads, -1)
-    q, k, v = s["qkv"].unbind(2)
-    dq, dk, dv = two_pass.backward(do.view(per_head), q, k, v, s["o"].view(per_head), saved[len(names) :], attention)
-    dqkv, sums_qkv = packing.pack_qkv(dq.reshape(M, -1), dk.reshape(M, -1), dv.reshape(M, -1), want_bqkv)
-    del do, dq, dk, dv
-    dqkv = dqkv.view(M, -1)
-    if want_bqkv:
-        grads[3] = sums_qkv.to(dtypes[1])
+    dqkv, dqkv_b = _attention_backward(do, s["qkv"], s["o"], saved[len(names) :], static.attention, want["qkv_b"])
+    del do
+    if want["qkv_b"]:
+        grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
     # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
-    dh_a = torch.mm(dqkv, wqkv).view(B, L, D)
+    dh_a = torch.mm(dqkv, qkv_w).view(B, L, D)
     h_a = s["h_a"] if keep == "all" else torch.empty_like(dh_a)
-    grads[0], sums_x = norm.launch_backward(
+    grads["x"], sums_x = norm.launch_backward(
         dh_a,
         x,
         scale_a,
@@ -255,96 +306,189 @@ def backward(
         s["rstd_a"],
         torch.float32,
         True,
-        want_mod,
+        modulated,
         dr=dr,
         shift=shift_a,
         out=None if keep == "all" else h_a,
     )
-    if want_wqkv:
-        weight_gradient(2, dqkv, h_a.view(M, D))
-    if want_mod:
-        # (dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m)
-        parts = (sums_x, sums_a[:, :1], sums_a[:, 1:3], sums_m[:, :1])
-        grads[1] = torch.cat(parts, dim=1).view(B, -1).to(modulation.dtype)
+    if want["qkv_w"]:
+        grads["qkv_w"] = _product(dqkv.t(), h_a.view(M, D), to["qkv_w"])
+    if modulated:
+        # (dshift_a, dscale_a), (dgate_a), (dshift_m, dscale_m), (dgate_m)
+        dmodulation = torch.cat((sums_x, sums_a[:, :1], sums_a[:, 1:3], sums_m[:, :1]), dim=1).view(B, -1)
+        if want["ada_b"]:
+            grads["ada_b"] = dmodulation.sum(0).to(to["ada_b"])
+        dmodulation = dmodulation.to(dtype)
+        if want["ada_w"]:
+            grads["ada_w"] = _product(dmodulation.t(), F.silu(c).to(dtype), to["ada_w"])
+        if want["c"]:
+            grads["c"] = torch.ops.aten.silu_backward(torch.mm(dmodulation, ada_w).to(c.dtype), c)
     return grads
 
 
+def _through_gate(gate: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_B gate·Σ_L dr: the gradient of a bias before a gate."""
+    return torch.linalg.vecdot(gate.float(), total, dim=0).to(dtype)
+
+
+def _attention_backward(
+    do: Tensor, qkv: Tensor, o: Tensor, saved: Sequence[Tensor], attention: str, want_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """(dqkv [M, 3·H·K], its column sums in fp32)."""
+    B, L, _, H, K = qkv.shape
+    per_head = (B, L, H, K)
+    if _short(attention, qkv):
+        lse = saved[0].reshape(B, H, L)
+        dqkv, sums = short_attention.attention_backward(
+            do.view(per_head), qkv, o.view(per_head), lse, bias_sums=want_sums
+        )
+    else:
+        q, k, v = qkv.unbind(2)
+        dq, dk, dv = two_pass.backward(do.view(per_head), q, k, v, o.view(per_head), saved, attention)
+        M = B * L
+        dqkv, sums = packing.pack_qkv(dq.reshape(M, -1), dk.reshape(M, -1), dv.reshape(M, -1), want_sums)
+    return dqkv.view(B * L, -1), sums
+
+
+def _for_parameters(grads: dict[str, Tensor], shapes: Sequence[Any], static: Static) -> list[Tensor | None]:
+    """The gradients of all tensors of PARAMETERS, those of several cut along their rows."""
+    found: list[Tensor | None] = []
+    for name, group in zip(PARAMETERS, grouped(shapes, static.counts), strict=True):
+        grad = grads.get(name)
+        if grad is None or len(group) == 1:
+            found += [grad] * len(group)
+        else:
+            found += grad.split([shape[0] for shape in group])
+    return found
+
+
 class _Block(torch.autograd.Function):
-    """The eager path: x, modulation, (heads, eps, tanh, attention, keep, dtype, parts of qkv), then the parameters."""
+    """The eager path."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, modulation: Tensor, static: tuple[Any, ...], *parameters: Tensor | None) -> Tensor:
-        heads, eps, tanh, attention, keep, dtype, parts = static
-        qkv_w, qkv_b, others = split_parameters(parameters, parts)
+    def forward(ctx: Any, x: Tensor, c: Tensor, static: Static, *flat: Tensor) -> Tensor:
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-            weights = cast_weights(qkv_w, qkv_b, others, dtype, x.shape[0] * x.shape[1])
-            out, saved = forward(x, modulation, weights, heads, eps, tanh, attention, keep)
+            out, saved = forward(x, c, grouped(flat, static.counts), static)
         ctx.static = static
-        ctx.about = [None if p is None else (p.dtype, p.shape) for p in parameters]
-        ctx.save_for_backward(x, modulation, *weights, *saved)
+        ctx.save_for_backward(x, c, *flat, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, modulation, *rest = ctx.saved_tensors
-        heads, eps, tanh, attention, keep, _, parts = ctx.static
-        wants, dtypes = wanted(ctx.needs_input_grad, ctx.about, parts)
+        static: Static = ctx.static
+        x, c, *rest = ctx.saved_tensors
+        many = sum(static.counts)
+        flat, saved = rest[:many], rest[many:]
+        needs = ctx.needs_input_grad
+        wants = [True, needs[1], *(any(group) for group in grouped(needs[3:], static.counts))]
         with torch.autocast(x.device.type, enabled=False):
-            grads = backward(dout, x, modulation, rest[:8], rest[8:], heads, eps, tanh, attention, keep, wants, dtypes)
-        return (grads[0], grads[1], None, *parameter_gradients(grads[2:], ctx.about, parts))
+            grads = backward(dout, x, c, grouped(flat, static.counts), saved, static, wants)
+        return (grads["x"], grads.get("c"), None, *_for_parameters(grads, [p.shape for p in flat], static))
 
 
-def split_parameters(parameters: Sequence[Any], parts: tuple[int, int]) -> tuple[Any, Any, Any]:
-    """(weights of qkv, biases of qkv, the others)."""
-    weights, biases = parts
-    return parameters[:weights], parameters[weights : weights + biases], parameters[weights + biases :]
+def adaln_block(x: Tensor, c: Tensor, groups: Groups, static: Static) -> Tensor:
+    """The block's output [B, L, D] in the dtype of x; on GPUs, or in Triton's interpreter.
+
+    Args:
+        x: [B, L, D], in a dtype that it keeps when `static.dtype` is added. c: [B, C].
+        groups: the parameters in the order of PARAMETERS, in any floating dtype: they are cast to `static.dtype`, and
+            gradients come back in their own.
+    """
+    flat = [p for group in groups for p in group]
+    if torch.compiler.is_compiling():
+        return _operator(x, c, flat, *static)[0]
+    out: Tensor = _Block.apply(x, c, static, *flat)
+    return out
 
 
-def wanted(needs: Sequence[bool], about: Sequence[Any], parts: tuple[int, int]) -> tuple[list[bool], list[Any]]:
-    """What `backward` is to compute, from autograd's needs_input_grad, and the parameters' dtypes."""
-    (need_w, need_b, need), (of_w, of_b, of) = (split_parameters(t, parts) for t in (needs[3:], about))
-    wants = [True, needs[1], any(need_w), any(need_b), *need]
-    dtypes = [entries[0][0] if entries else None for entries in (of_w, of_b)]
-    return wants, dtypes + [None if entry is None else entry[0] for entry in of]
+# For torch.compile the block is an operator that it does not look into: there is nothing left in it to fuse.
 
 
-def parameter_gradients(grads: Sequence[Tensor | None], about: Sequence[Any], parts: tuple[int, int]) -> list[Any]:
-    """`backward`'s gradients of the parameters as they were given: qkv's cut along its parts."""
-    weights, biases = parts
-    dw, db, *others = grads
-    of_w, of_b, _ = split_parameters(about, parts)
-    return [
-        *((None,) * weights if dw is None else dw.split([shape[0] for _, shape in of_w])),
-        *((None,) * biases if db is None else db.split([shape[0] for _, shape in of_b])),
-        *others,
-    ]
-
-
-def adaln_block(
+@torch.library.custom_op("opendit::adaln_block", mutates_args=())
+def _operator(
     x: Tensor,
-    modulation: Tensor,
-    parameters: Parameters,
-    *,
+    c: Tensor,
+    flat: list[Tensor],
     heads: int,
-    eps: tuple[float, float],
+    eps_a: float,
+    eps_m: float,
     tanh: bool,
     attention: str,
     keep: str,
     dtype: torch.dtype,
-) -> Tensor:
-    """The block's output [B, L, D] in x's dtype, or what x and `dtype` promote to; Triton only.
+    counts: list[int],
+) -> list[Tensor]:
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts))
+    with torch.cuda.device_of(x):
+        out, saved = forward(x, c, grouped(flat, counts), static)
+    return [out, *saved]
 
-    Args:
-        x: [B, L, D]. modulation: [B, 6·D].
-        parameters: the weights and biases, in any floating dtype; they are cast to `dtype`, and gradients come back in
-            their own.
-        heads: H. eps: of the two LayerNorms. tanh: whether GELU is the approximation.
-        attention: the name of a backend of `opendit.attention`, not "auto".
-        keep: what is saved for the backward, see above.
-        dtype: what the matrix products and attention compute in.
-    """
-    qkv_w, qkv_b, others = parameters
-    parts = (len(qkv_w), len(qkv_b))
-    static = (heads, eps, tanh, attention, keep, dtype, parts)
-    return _Block.apply(x, modulation, static, *qkv_w, *qkv_b, *others)
+
+@_operator.register_fake
+def _(x: Tensor, c: Tensor, flat: list[Tensor], *static: Any) -> list[Tensor]:
+    out, saved = forward(x, c, grouped(flat, static[-1]), Static(*static), _Fake)
+    return [out, *saved]
+
+
+@torch.library.custom_op("opendit::adaln_block_backward", mutates_args=())
+def _operator_backward(
+    dout: Tensor,
+    x: Tensor,
+    c: Tensor,
+    flat: list[Tensor],
+    saved: list[Tensor],
+    heads: int,
+    eps_a: float,
+    eps_m: float,
+    tanh: bool,
+    attention: str,
+    keep: str,
+    dtype: torch.dtype,
+    counts: list[int],
+    wants: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients, in the order of (x, c, *PARAMETERS)."""
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts))
+    with torch.cuda.device_of(x):
+        grads = backward(dout, x, c, grouped(flat, counts), saved, static, wants)
+    return [grads[name] for name in _GRADIENTS if name in grads]
+
+
+_GRADIENTS = ("x", "c", *PARAMETERS)
+
+
+@_operator_backward.register_fake
+def _(dout: Tensor, x: Tensor, c: Tensor, flat: list[Tensor], saved: list[Tensor], *more: Any) -> list[Tensor]:
+    counts, wants = more[-2:]
+    shapes = [(sum(len(p) for p in group), *group[0].shape[1:]) if group else () for group in grouped(flat, counts)]
+    likes = [x, c, *(group[0] if group else x for group in grouped(flat, counts))]
+    whole = [x.shape, c.shape, *shapes]
+    return [like.new_empty(shape) for like, shape, want in zip(likes, whole, wants, strict=True) if want]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, c, flat, *static = inputs
+    ctx.static = static
+    ctx.many = len(flat)
+    ctx.save_for_backward(x, c, *flat, *output[1:])
+
+
+def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x, c, *rest = ctx.saved_tensors
+    flat, saved = rest[: ctx.many], rest[ctx.many :]
+    counts = ctx.static[-1]
+    needs = ctx.needs_input_grad
+    wants = [True, needs[1], *(any(group) for group in grouped(needs[2], counts))]
+    found = iter(_operator_backward(grads[0], x, c, flat, saved, *ctx.static, wants))
+    named = {name: next(found) for name, want in zip(_GRADIENTS, wants, strict=True) if want}
+    static = Static(*ctx.static)
+    return (
+        named["x"],
+        named.get("c"),
+        _for_parameters(named, [p.shape for p in flat], static),
+        *(None,) * len(ctx.static),
+    )
+
+
+_operator.register_autograd(_gradients, setup_context=_save)

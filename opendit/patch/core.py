@@ -52,6 +52,7 @@ class Patched:
     """Base of every mixin: an ordinary `forward` with the upstream signature, and nothing else."""
 
     _opendit_base: ClassVar[type[nn.Module]]
+    _opendit_made: ClassVar[type[nn.Module]]
     _opendit_mixin: ClassVar[type[Patched]]
     _opendit_choices: ClassVar[Choices]
     _opendit_kernels: ClassVar[dict[str, str]]
@@ -121,7 +122,9 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -
         "_opendit_attention": choices.attention,
         "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],
     }
-    return type(base.__name__, (mixin, base), namespace)
+    made: Any = type(base.__name__, (mixin, base), namespace)
+    made._opendit_made = made  # a subclass made later, by fully_shard say, is told apart by this
+    return cast("type[nn.Module]", made)
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> nn.Module:

@@ -42,7 +42,7 @@ def parts_of(sublayer: object) -> AttentionParts | MlpParts | str:
     """`Sublayer._parts` of a module that nothing was put on since."""
     if not isinstance(sublayer, Sublayer) or not isinstance(sublayer, nn.Module):
         return "it was left to upstream"
-    if "_opendit_mixin" not in type(sublayer).__dict__:
+    if type(sublayer)._opendit_made is not type(sublayer):
         return f"it was given another class since ({type(sublayer).__name__})"
     if "forward" in sublayer.__dict__ or hooked(sublayer):
         return "a hook or another forward was put on it"

@@ -83,8 +83,8 @@ class FusedBlock(FusedAdaLN):
             )
         x = hidden_states
         c = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        modulation = self.norm1.linear(self.norm1.silu(c))
-        return self._block(x, modulation, self.norm1.norm, self.attn1, self.norm3, self.ff)
+        ada = (self.norm1.silu, self.norm1.linear)
+        return self._block(x, c, ada, self.norm1.norm, self.attn1, self.norm3, self.ff)
 
 
 class FusedBlockInFull(FusedBlock):

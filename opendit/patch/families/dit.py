@@ -46,7 +46,7 @@ class FusedBlock(FusedAdaLN):
         if values is None or reason is not None:
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
-        return self._block(x, self.adaLN_modulation(c), self.norm1, self.attn, self.norm2, self.mlp)
+        return self._block(x, c, self.adaLN_modulation, self.norm1, self.attn, self.norm2, self.mlp)
 
 
 class FusedBlockInFull(FusedBlock):
