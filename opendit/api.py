@@ -140,6 +140,9 @@ def restore(model: ModelT) -> ModelT:
     if core.plan_of(target) is None and not any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(f"model: {type(target).__name__} is not accelerated; there is nothing to restore")
     core.unapply(target)
+    from opendit.patch import graphs
+
+    graphs.release(list(target.parameters()))
     return model
 
 

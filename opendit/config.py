@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 _RECIPES: dict[str, dict[str, Any]] = {
-    "train": {"residual": "bf16", "activation_checkpointing": "selective"},
+    "train": {"residual": "bf16", "activation_checkpointing": "selective", "cuda_graphs": True},
     "sample": {"compile": True},
 }
 
@@ -59,6 +59,8 @@ class BoosterConfig(Generic[OptimizerT]):
             model's own dtype stays.
         compile: compile each transformer block with `torch.compile`, in place. Blocks of one shape share
             one compilation, so the first step comes much sooner than when the whole model is compiled.
+        cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, wherever nobody holds what a
+            replay would overwrite. Their activations stay allocated between steps.
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
         precision: `"inherit"`: the caller's autocast and parameter dtypes decide. Others: not implemented.
@@ -80,6 +82,7 @@ class BoosterConfig(Generic[OptimizerT]):
     kernels: str | Mapping[str, str] = "auto"
     attention: str = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
     optimizer: OptimizerT = field(default=cast(Any, None))
     precision: str = "inherit"
     plugin: str | None = None
@@ -106,8 +109,9 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if not isinstance(self.attention, str):
             raise TypeError(f"attention: got {self.attention!r}; allowed: the name of an attention backend")
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile: got {self.compile!r}; allowed: True or False")
+        for name in ("compile", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False")
         if self.optimizer is not None and not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
             raise TypeError(
                 f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or a factory "

@@ -91,6 +91,7 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         fusion=cfg.fusion,
         residual=cfg.residual,
         keep=keep,
+        graphs=cfg.cuda_graphs,
     )
 
 

@@ -140,7 +140,7 @@ class FusedAdaLN(Patched):
             dtype=dtype,
             counts=tuple(len(group) for group in groups),
         )
-        return adaln_block(x, c, groups, static)
+        return adaln_block(x, c, groups, static, self._opendit_graphs)
 
     def _why_in_parts(self, x: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm) -> str | None:
         names = (*BLOCK_KERNELS, "gelu")

@@ -33,6 +33,7 @@ from opendit.kernels import gate_residual_layernorm_modulate as fused
 from opendit.kernels import gelu as activation
 from opendit.kernels import layernorm_modulate as norm
 from opendit.kernels import pack_qkv as packing
+from opendit.patch import graphs
 
 KEEP = ("all", "selective", "full")
 """What is kept between forward and backward, per token: 18·D values; 12·D, with h_a, h_m and g computed again; D (x),
@@ -124,12 +125,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _short(attention: str, qkv: Tensor) -> bool:
-    """Whether attention's backward is our own kernel: after cuDNN's forward, where that one's backward pads most.
+    """Whether attention's backward is our own kernel, after cuDNN's forward.
 
-    On an H200 at B=256, L=256, 16 heads of 72: 1.23 ms, packed and with the bias gradient, against 1.22 + 0.2 to pack.
+    At 65536 tokens on an H100, 16 heads of 72, with gradients packed and the bias gradient summed, against cuDNN's and
+    a pass that packs: 1.29 against 1.73 ms at L=256, 1.83 against 2.30 at 512, 3.13 against 3.46 at 1024; 12 heads of
+    64 at L=256: 0.67 against 1.03.
     """
     L, K = qkv.shape[1], qkv.shape[4]
-    return attention == "sdpa-cudnn" and L <= 256 and 64 < K < 96 and short_attention.fits(qkv.dtype, K)
+    return attention == "sdpa-cudnn" and L <= 1024 and K <= 96 and short_attention.fits(qkv.dtype, K)
 
 
 class _Launch:
@@ -366,39 +369,58 @@ class _Block(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, static: Static, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, c: Tensor, static: Static, graphed: bool, *flat: Tensor) -> Tensor:
+        groups = grouped(flat, static.counts)
+        ctx.static, ctx.graphs = static, None
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-            out, saved = forward(x, c, grouped(flat, static.counts), static)
-        ctx.static = static
-        ctx.save_for_backward(x, c, *flat, *saved)
+            if graphed:
+                ctx.graphs = graphs.block(x, c, flat, static)
+            if ctx.graphs is None:
+                out, saved = forward(x, c, groups, static)
+                ctx.save_for_backward(x, c, *flat, *saved)
+                return out
+            out, (x, c, *saved), ctx.lease = graphs.run_forward(
+                ctx.graphs, x, c, lambda x, c: forward(x, c, groups, static)
+            )
+            ctx.replay = ctx.lease.replay
+        ctx.kept = (x, c, *flat, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         static: Static = ctx.static
-        x, c, *rest = ctx.saved_tensors
+        x, c, *rest = ctx.saved_tensors if ctx.graphs is None else ctx.kept
         many = sum(static.counts)
         flat, saved = rest[:many], rest[many:]
         needs = ctx.needs_input_grad
-        wants = [True, needs[1], *(any(group) for group in grouped(needs[3:], static.counts))]
+        wants = [True, needs[1], *(any(group) for group in grouped(needs[4:], static.counts))]
+
+        def compute(dout: Tensor) -> dict[str, Tensor]:
+            return backward(dout, x, c, grouped(flat, static.counts), saved, static, wants)
+
         with torch.autocast(x.device.type, enabled=False):
-            grads = backward(dout, x, c, grouped(flat, static.counts), saved, static, wants)
-        return (grads["x"], grads.get("c"), None, *_for_parameters(grads, [p.shape for p in flat], static))
+            if ctx.graphs is None:
+                grads = compute(dout)
+            else:
+                grads = graphs.run_backward(ctx.graphs, ctx.replay, dout, tuple(wants), compute)
+                ctx.lease = None
+        return (grads["x"], grads.get("c"), None, None, *_for_parameters(grads, [p.shape for p in flat], static))
 
 
-def adaln_block(x: Tensor, c: Tensor, groups: Groups, static: Static) -> Tensor:
+def adaln_block(x: Tensor, c: Tensor, groups: Groups, static: Static, graphed: bool = False) -> Tensor:
     """The block's output [B, L, D] in the dtype of x; on GPUs, or in Triton's interpreter.
 
     Args:
         x: [B, L, D], in a dtype that it keeps when `static.dtype` is added. c: [B, C].
         groups: the parameters in the order of PARAMETERS, in any floating dtype: they are cast to `static.dtype`, and
             gradients come back in their own.
+        graphed: whether to replay CUDA graphs where that is safe.
     """
     flat = [p for group in groups for p in group]
     if torch.compiler.is_compiling():
         return _operator(x, c, flat, *static)[0]
-    out: Tensor = _Block.apply(x, c, static, *flat)
+    out: Tensor = _Block.apply(x, c, static, graphed and torch.is_grad_enabled(), *flat)
     return out
 
 

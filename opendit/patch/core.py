@@ -39,6 +39,7 @@ class Choices:
     fusion: str = "adaln"
     residual: str = "inherit"
     keep: str = "all"
+    graphs: bool = False
 
     def kernel(self, name: str) -> str:
         return dict(self.kernels).get(name, "reference")
@@ -60,6 +61,7 @@ class Patched:
     _opendit_fusion: ClassVar[str]
     _opendit_residual: ClassVar[str]
     _opendit_keep: ClassVar[str]
+    _opendit_graphs: ClassVar[bool]
     _opendit_parameters: ClassVar[tuple[str, ...]]
     # Which kernels and whether attention, by the names that configs use.
     uses: ClassVar[tuple[str, ...]] = ()
@@ -119,6 +121,7 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -
         "_opendit_fusion": choices.fusion,
         "_opendit_residual": choices.residual,
         "_opendit_keep": choices.keep,
+        "_opendit_graphs": choices.graphs,
         "_opendit_attention": choices.attention,
         "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],
     }
