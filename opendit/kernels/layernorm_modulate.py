@@ -309,13 +309,15 @@ def launch_backward(
     dr: Tensor | None = None,
     shift: Tensor | None = None,
     out: Tensor | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``backward_fake``'s outputs, written.
+    """``backward_fake``'s outputs, written, dx to memory that is given or new.
 
     dr: [B, L, D], contiguous, what to add to dx. out: [B, L, D], contiguous, where to write the forward's output again;
     that needs ``shift``, and a LayerNorm without a bias.
     """
-    dx, sums = backward_fake(dout, x, scale, weight, mean, rstd, sums_dtype, want_dx, want_sums)
+    new_dx, sums = backward_fake(dout, x, scale, weight, mean, rstd, sums_dtype, want_dx and dx is None, want_sums)
+    dx = new_dx if dx is None else dx
     if x.numel() == 0:
         return dx, sums.zero_()
     dout, x = dense_rows(dout), dense_rows(x)

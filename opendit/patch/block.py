@@ -115,13 +115,14 @@ def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight_t) if bias is None else torch.addmm(bias, x, weight_t)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a·b in `dtype`, accumulated in fp32 and rounded once."""
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a·b in `dtype`, accumulated in fp32 and rounded once, in memory that is given or new."""
     if dtype == a.dtype:
-        return torch.mm(a, b)
+        return torch.mm(a, b, out=out)
     if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    product = torch.mm(a, b)
+    return product.to(dtype) if out is None else out.copy_(product)
 
 
 def _short(attention: str, qkv: Tensor) -> bool:
@@ -158,7 +159,15 @@ class _Forward:
     LARGE = ("qkv", "o", "y_a", "r", "p", "y_m")
     CHEAP = ("h_a", "h_m", "g")
 
-    def __init__(self, x: Tensor, c: Tensor, weights: Sequence[Any], static: Static, run: Any = _Launch) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        c: Tensor,
+        weights: Sequence[Any],
+        static: Static,
+        run: Any = _Launch,
+        out: Tensor | None = None,
+    ) -> None:
         ada_w, ada_b, qkv_w, qkv_b, proj_w, proj_b, w1, b1, w2t, b2 = weights
         B, L, D = x.shape
         M, dtype = B * L, static.dtype
@@ -176,7 +185,7 @@ class _Forward:
         self.p = _linear(self.h_m.view(M, D), w1.t(), b1)
         self.g = run.gelu(self.p, static.tanh)
         self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
-        self.out = run.gate(self.r, self.y_m, gate_m)
+        self.out = run.gate(self.r, self.y_m, gate_m, **({} if out is None else {"residual": out}))
 
     def saved(self, keep: str) -> list[Tensor]:
         """What the backward needs besides the inputs, in the order of `_names`."""
@@ -187,11 +196,16 @@ def _names(keep: str) -> tuple[str, ...]:
     return _Forward.SMALL + _Forward.LARGE + (_Forward.CHEAP if keep == "all" else ())
 
 
-def forward(x: Tensor, c: Tensor, groups: Groups, static: Static, run: Any = _Launch) -> tuple[Tensor, list[Tensor]]:
-    """(out, what `backward` needs besides the inputs: the weights that were cast, then the intermediate results)."""
+def forward(
+    x: Tensor, c: Tensor, groups: Groups, static: Static, run: Any = _Launch, out: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """(out, what `backward` needs besides the inputs: the weights that were cast, then the intermediate results).
+
+    out: memory to write out to; new if not given.
+    """
     tokens = x.shape[0] * x.shape[1]
     weights = cast_weights(groups, static.dtype, tokens)
-    done = _Forward(x, c, weights, static, run)
+    done = _Forward(x, c, weights, static, run, out)
     cast = [w for i, w in enumerate(weights) if w is not None and _is_cast(i, groups[i], static.dtype, tokens)]
     # W2 is handed on as it lies in memory, so that no output of the operator is a view.
     return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(static.keep)
@@ -221,11 +235,14 @@ def backward(
     saved: Sequence[Tensor],
     static: Static,
     wants: Sequence[bool],
+    into: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The gradients of x, c and PARAMETERS by name, as far as `wants` (in that order) asks; x's always.
 
-    Weight gradients are accumulated in fp32 and rounded once to the parameter's dtype.
+    Weight gradients are accumulated in fp32 and rounded once to the parameter's dtype. into: memory for all of them, by
+    name; new if not given.
     """
+    into = into or {}
     B, L, D = x.shape
     M, dtype = B * L, static.dtype
     weights, saved = _weights_again(groups, saved, static, M)
@@ -260,7 +277,8 @@ def backward(
         grads["b1"] = db1.to(to["b1"])
     if want["w2"]:
         # As gᵀ·dy, turned afterwards: a gradient has its parameter's layout.
-        grads["w2"] = _product(g.t(), dy_m, to["w2"]).t().contiguous()
+        grads["w2"] = _product(g.t(), dy_m, to["w2"]).t()
+        grads["w2"] = into["w2"].copy_(grads["w2"]) if into else grads["w2"].contiguous()
     del g, dy_m
     # p = h_m·W1ᵀ + b1, h_m = LN(r)·(1 + scale_m) + shift_m, r = x + gate_a·y_a
     dh_m = torch.mm(dp, w1).view(B, L, D)
@@ -286,12 +304,12 @@ def backward(
     if want["proj_b"]:
         grads["proj_b"] = _through_gate(gate_a, sums_a[:, -1], to["proj_b"])
     if want["w1"]:
-        grads["w1"] = _product(dp.t(), h_m.view(M, D), to["w1"])
+        grads["w1"] = _product(dp.t(), h_m.view(M, D), to["w1"], into.get("w1"))
     del dp, h_m, dh_m
     # y_a = o·Wprojᵀ + bproj, o = attention(qkv)
     do = torch.mm(dy_a, proj_w)
     if want["proj_w"]:
-        grads["proj_w"] = _product(dy_a.t(), s["o"].view(M, -1), to["proj_w"])
+        grads["proj_w"] = _product(dy_a.t(), s["o"].view(M, -1), to["proj_w"], into.get("proj_w"))
     del dy_a
     dqkv, dqkv_b = _attention_backward(do, s["qkv"], s["o"], saved[len(names) :], static.attention, want["qkv_b"])
     del do
@@ -313,9 +331,10 @@ def backward(
         dr=dr,
         shift=shift_a,
         out=None if keep == "all" else h_a,
+        dx=into.get("x"),
     )
     if want["qkv_w"]:
-        grads["qkv_w"] = _product(dqkv.t(), h_a.view(M, D), to["qkv_w"])
+        grads["qkv_w"] = _product(dqkv.t(), h_a.view(M, D), to["qkv_w"], into.get("qkv_w"))
     if modulated:
         # (dshift_a, dscale_a), (dgate_a), (dshift_m, dscale_m), (dgate_m)
         dmodulation = torch.cat((sums_x, sums_a[:, :1], sums_a[:, 1:3], sums_m[:, :1]), dim=1).view(B, -1)
@@ -323,9 +342,12 @@ def backward(
             grads["ada_b"] = dmodulation.sum(0).to(to["ada_b"])
         dmodulation = dmodulation.to(dtype)
         if want["ada_w"]:
-            grads["ada_w"] = _product(dmodulation.t(), F.silu(c).to(dtype), to["ada_w"])
+            grads["ada_w"] = _product(dmodulation.t(), F.silu(c).to(dtype), to["ada_w"], into.get("ada_w"))
         if want["c"]:
             grads["c"] = torch.ops.aten.silu_backward(torch.mm(dmodulation, ada_w).to(c.dtype), c)
+    for name, own in into.items():
+        if grads[name] is not own:
+            grads[name] = own.copy_(grads[name])
     return grads
 
 
@@ -365,6 +387,17 @@ def _for_parameters(grads: dict[str, Tensor], shapes: Sequence[Any], static: Sta
     return found
 
 
+def _likes(x: Tensor, c: Tensor, groups: Groups, wants: Sequence[bool]) -> dict[str, Tensor]:
+    """For each wanted gradient a tensor of its shape and dtype, on the device or not."""
+    likes = {"x": x, "c": c}
+    for name, group in zip(PARAMETERS, groups, strict=True):
+        if len(group) == 1:
+            likes[name] = group[0]
+        elif group:  # the memory of a tensor that is never written is never taken
+            likes[name] = group[0].new_empty((1,)).expand(sum(len(p) for p in group), *group[0].shape[1:])
+    return {name: likes[name] for name, want in zip(("x", "c", *PARAMETERS), wants, strict=True) if want}
+
+
 class _Block(torch.autograd.Function):
     """The eager path."""
 
@@ -379,8 +412,8 @@ class _Block(torch.autograd.Function):
                 out, saved = forward(x, c, groups, static)
                 ctx.save_for_backward(x, c, *flat, *saved)
                 return out
-            out, (x, c, *saved), ctx.lease = graphs.run_forward(
-                ctx.graphs, x, c, lambda x, c: forward(x, c, groups, static)
+            out, (x, c, *saved), ctx.lease = ctx.graphs.run_forward(
+                x, c, lambda x, c, out: forward(x, c, groups, static, out=out)[1]
             )
             ctx.replay = ctx.lease.replay
         ctx.kept = (x, c, *flat, *saved)
@@ -396,14 +429,16 @@ class _Block(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wants = [True, needs[1], *(any(group) for group in grouped(needs[4:], static.counts))]
 
-        def compute(dout: Tensor) -> dict[str, Tensor]:
-            return backward(dout, x, c, grouped(flat, static.counts), saved, static, wants)
+        groups = grouped(flat, static.counts)
+
+        def compute(dout: Tensor, into: dict[str, Tensor]) -> dict[str, Tensor]:
+            return backward(dout, x, c, groups, saved, static, wants, into)
 
         with torch.autocast(x.device.type, enabled=False):
             if ctx.graphs is None:
-                grads = compute(dout)
+                grads = compute(dout, {})
             else:
-                grads = graphs.run_backward(ctx.graphs, ctx.replay, dout, tuple(wants), compute)
+                grads = ctx.graphs.run_backward(ctx.replay, dout, _likes(x, c, groups, wants), compute)
                 ctx.lease = None
         return (grads["x"], grads.get("c"), None, None, *_for_parameters(grads, [p.shape for p in flat], static))
 
@@ -483,10 +518,7 @@ _GRADIENTS = ("x", "c", *PARAMETERS)
 @_operator_backward.register_fake
 def _(dout: Tensor, x: Tensor, c: Tensor, flat: list[Tensor], saved: list[Tensor], *more: Any) -> list[Tensor]:
     counts, wants = more[-2:]
-    shapes = [(sum(len(p) for p in group), *group[0].shape[1:]) if group else () for group in grouped(flat, counts)]
-    likes = [x, c, *(group[0] if group else x for group in grouped(flat, counts))]
-    whole = [x.shape, c.shape, *shapes]
-    return [like.new_empty(shape) for like, shape, want in zip(likes, whole, wants, strict=True) if want]
+    return [like.new_empty(like.shape) for like in _likes(x, c, grouped(flat, counts), wants).values()]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -2,81 +2,37 @@
 their kernels.
 
 A graph computes at fixed addresses: its inputs are copied there (x, c and the output's gradient), its results lie there
-until the next replay. Someone may still be holding them then: an output that a hook kept, gradients that are being
-accumulated, a second forward before the first one's backward. So before each replay the storages it would overwrite are
-checked for other owners, and where there are any, the block runs as if there were no graphs. Nothing else is assumed
-about the caller's loop.
+until the next replay. Someone may still need them then: an output that a hook kept, gradients that are being
+accumulated, a second forward before the first one's backward. So before each replay that is found out, and where it is
+so the block runs as if there were no graphs. Nothing is assumed about the caller's loop.
 
-Graphs of all blocks share one memory pool: what is temporary in one is reused by the next, since they replay in turn on
-one stream.
+What a replay may overwrite:
+
+    results       out, or the gradients: memory of this graph alone. Other owners of their storages are counted.
+    activations   kept from forward to backward, in the forward graphs' pool. Autograd's node holds a lease meanwhile.
+    temporaries   in a pool that graphs share. In the forward graphs' pool they may lie where a graph that was captured
+                  *later* has its activations, so a forward is replayed only while no later one has a lease out.
 """
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-logger = logging.getLogger("opendit")
-
 # Calls before the capture: kernels must be compiled and libraries have chosen theirs.
 _WARM_UP = 2
-
-_pools: dict[torch.device, Any] = {}
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-class Static(NamedTuple):
-    """One captured graph, what it reads and what it writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    extra: Any
-    owners: list[int]
-
-    def free(self) -> bool:
-        """Whether nobody else holds what a replay would overwrite."""
-        return [_owners(t) for t in self.outputs] == self.owners
-
-    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        # Aliases: the caller's references to them are what `free` counts.
-        return [t.detach() for t in self.outputs]
-
-
-def _owners(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-def _capture(inputs: Sequence[Tensor], compute: Callable[..., tuple[list[Tensor], Any]]) -> Static:
-    """The graph of compute(*inputs) → (outputs, whatever else must stay where it is)."""
-    device = inputs[0].device
-    own = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))
-    pool = _pools.setdefault(device, torch.cuda.graph_pool_handle())
-    stream.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            outputs, extra = compute(*own)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return Static(graph, own, outputs, extra, [_owners(t) for t in outputs])
+# At how many shapes a block is captured; beyond that they are taken to keep changing.
+_SHAPES = 2
 
 
 class Lease:
-    """Held by autograd's node from forward to backward: while it lives, the forward's results are needed.
+    """Held by autograd's node from forward to backward: while it lives, the forward's activations are needed.
 
     A backward gives it up, for the node itself lives as long as the caller's loss does.
     """
@@ -85,27 +41,141 @@ class Lease:
         self.replay = replay
 
 
+class _Device:
+    """What the graphs of one device share: a side stream, a pool for each direction, the leases in order of capture."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.graphs: dict[str, weakref.WeakSet[Any]] = {"forward": weakref.WeakSet(), "backward": weakref.WeakSet()}
+        self.pools: dict[str, Any] = {}
+        self.leases: list[weakref.ref[Lease] | None] = []
+
+    def capture(self, direction: str, compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph of `compute`, and what that returned, whose memory the graph writes."""
+        if not self.graphs[direction]:  # a pool goes with its last graph
+            self.pools[direction] = torch.cuda.graph_pool_handle()
+        caller = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(caller)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pools[direction], capture_error_mode="thread_local")
+            try:
+                returned = compute()
+            finally:
+                graph.capture_end()
+        caller.wait_stream(self.stream)
+        self.graphs[direction].add(graph)
+        return graph, returned
+
+    def later_lease(self, order: int) -> bool:
+        """Whether a graph captured at `order` or later has one out."""
+        return any(lease is not None and lease() is not None for lease in self.leases[order:])
+
+
+_devices: dict[torch.device, _Device] = {}
+
+
+def _owners(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+class _Results:
+    """Memory that a graph writes its results to; handed out as aliases, whose number is known from the storages."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.alone = {name: _owners(t) for name, t in tensors.items()}
+
+    def free(self) -> bool:
+        return all(_owners(t) == self.alone[name] for name, t in self.tensors.items())
+
+    def aliases(self) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in self.tensors.items()}
+
+
+class _Forward:
+    def __init__(self, device: _Device, x: Tensor, c: Tensor, compute: Callable[..., list[Tensor]]) -> None:
+        self.x, self.c = torch.empty_like(x).contiguous(), torch.empty_like(c).contiguous()
+        self.results = _Results({"out": torch.empty_like(self.x)})
+        out = self.results.tensors["out"]
+        self.graph, self.activations = device.capture("forward", lambda: compute(self.x, self.c, out))
+
+
+class _Backward:
+    def __init__(self, device: _Device, dout: Tensor, likes: dict[str, Tensor], compute: Callable[..., Any]) -> None:
+        self.dout = torch.empty_like(dout).contiguous()
+        self.results = _Results({name: torch.empty_like(t) for name, t in likes.items()})
+        self.graph, _ = device.capture("backward", lambda: compute(self.dout, self.results.tensors))
+
+
 class Block:
     """The graphs of one block at one shape."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.calls = 0
+        self.device = _devices.setdefault(parameters[0].device, _Device(parameters[0].device))
         self.addresses = [p.data_ptr() for p in parameters]
-        self.forward: Static | None = None
-        self.backward: dict[Any, Static] = {}
-        self.lease: weakref.ref[Lease] | None = None
+        self.calls = 0
         self.replays = 0
+        self.order = -1
+        self.forward: _Forward | None = None
+        self.backward: dict[Any, _Backward] = {}
 
-    def ready(self, parameters: Sequence[Tensor]) -> bool:
+    def ready(self) -> bool:
         """Whether this call may be a replay, or the capture."""
         self.calls += 1
-        if [p.data_ptr() for p in parameters] != self.addresses:
-            # An engine moves the parameters; a graph of their old place is of no use.
-            self.__init__(parameters)  # type: ignore[misc]
-            return False
-        if self.calls <= _WARM_UP or (self.lease is not None and self.lease() is not None):
-            return False
-        return self.forward is None or self.forward.free()
+        if self.forward is None:
+            return self.calls > _WARM_UP
+        return not self.device.later_lease(self.order) and self.forward.results.free()
+
+    def run_forward(
+        self, x: Tensor, c: Tensor, compute: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+    ) -> tuple[Tensor, list[Tensor], Lease]:
+        """(out, [x, c, *activations] where the graph keeps them, the lease to hold until the backward is done).
+
+        compute(x, c, out) writes out and returns the activations.
+        """
+        if self.forward is None:
+            self.forward = _Forward(self.device, x, c, compute)
+            self.order = len(self.device.leases)
+            self.device.leases.append(None)
+        self.forward.x.copy_(x)
+        self.forward.c.copy_(c)
+        self.forward.graph.replay()
+        self.replays += 1
+        lease = Lease(self.replays)
+        self.device.leases[self.order] = weakref.ref(lease)
+        out = self.forward.results.aliases()["out"]
+        return out, [self.forward.x, self.forward.c, *self.forward.activations], lease
+
+    def run_backward(
+        self,
+        replay: int,
+        dout: Tensor,
+        likes: dict[str, Tensor],
+        compute: Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """compute(dout, memory for its results), from a graph, or as it is where the last results are still in use.
+
+        Args:
+            replay: of which forward. likes: the wanted gradients' names, and tensors of their shapes and dtypes.
+
+        Raises:
+            RuntimeError: a later forward has taken its place: a second backward through the same forward.
+        """
+        if replay != self.replays:
+            raise RuntimeError(
+                "backward a second time through a block whose CUDA graph has run again since: its activations are "
+                "gone. Call all backwards before the next forward, or accelerate with cuda_graphs=False"
+            )
+        key = (tuple(likes), dout.dtype)
+        static = self.backward.get(key)
+        if static is None:
+            static = self.backward[key] = _Backward(self.device, dout, likes, compute)
+        elif not static.results.free():
+            return compute(dout, {})
+        static.dout.copy_(dout)
+        static.graph.replay()
+        return static.results.aliases()
 
 
 _blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -116,65 +186,20 @@ def block(x: Tensor, c: Tensor, parameters: Sequence[Tensor], key: Any) -> Block
     if (
         not x.is_cuda
         or torch.cuda.is_current_stream_capturing()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True)
-        is not None  # activation checkpointing or offloading
+        # Activation checkpointing or offloading is at work.
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return None
     mine: dict[Any, Block] = _blocks.setdefault(parameters[0], {})
     key = (key, x.shape, x.dtype, c.shape, c.dtype, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in mine:
-        if len(mine) == 2:  # the shapes keep changing
-            return None
-        mine[key] = Block(parameters)
-    found = mine[key]
-    return found if found.ready(parameters) else None
+    if key not in mine and len(mine) == _SHAPES:
+        return None
+    if key not in mine or mine[key].addresses != [p.data_ptr() for p in parameters]:
+        mine[key] = Block(parameters)  # also where an engine moves the parameters: then it never gets warm
+    return mine[key] if mine[key].ready() else None
 
 
 def release(parameters: Sequence[Tensor]) -> None:
-    """Forgets the graphs of blocks with these parameters, and gives their memory back."""
+    """Forgets the graphs of blocks with these parameters, and so gives their memory back."""
     for parameter in parameters:
         _blocks.pop(parameter, None)
-
-
-def run_forward(
-    graphs: Block, x: Tensor, c: Tensor, compute: Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
-) -> tuple[Tensor, list[Tensor], Lease]:
-    """(out, [x, c, *saved] where the graph keeps them, the lease to hold until the backward is done)."""
-    if graphs.forward is None:
-
-        def whole(x: Tensor, c: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            out, saved = compute(x, c)
-            return [out], saved
-
-        graphs.forward = _capture([x, c], whole)
-    (out,) = graphs.forward.replay([x, c])
-    graphs.replays += 1
-    lease = Lease(graphs.replays)
-    graphs.lease = weakref.ref(lease)
-    return out, [*graphs.forward.inputs, *graphs.forward.extra], lease
-
-
-def run_backward(
-    graphs: Block, replay: int, dout: Tensor, key: Any, compute: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """compute(dout) from a graph, or as it is where the last results are still in use.
-
-    replay: of which forward. Raises `RuntimeError` where a later one has taken its place, which takes a second backward
-    through the same forward.
-    """
-    if replay != graphs.replays:
-        raise RuntimeError(
-            "backward a second time through a block whose CUDA graph has run again since: its activations are gone. "
-            "Call all backwards before the next forward, or accelerate with cuda_graphs=False"
-        )
-    static = graphs.backward.get(key)
-    if static is None:
-
-        def whole(dout: Tensor) -> tuple[list[Tensor], list[str]]:
-            grads = compute(dout)
-            return list(grads.values()), list(grads)
-
-        static = graphs.backward[key] = _capture([dout], whole)
-    elif not static.free():
-        return compute(dout)
-    return dict(zip(static.extra, static.replay([dout]), strict=True))
