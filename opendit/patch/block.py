@@ -33,6 +33,7 @@ from opendit.kernels import gate_residual_layernorm_modulate as fused
 from opendit.kernels import gelu as activation
 from opendit.kernels import layernorm_modulate as norm
 from opendit.kernels import pack_qkv as packing
+from opendit.kernels.transpose import transpose_into
 from opendit.patch import graphs
 
 KEEP = ("all", "selective", "full")
@@ -42,6 +43,10 @@ with the whole forward computed again."""
 # From this many tokens on, another layout of W2 saves more in the matrix products than its copy costs: on an H200 at
 # 65536 tokens, D=1152, F=4608, 0.96 for 1.05 ms forward, 0.95 for 1.12 and 0.93 for 1.17 backward, for 0.04 ms.
 _TRANSPOSE_FROM = 4096
+
+# Up to this size of x its kernels can be quicker than their launches. Beyond, nothing is gained for the memory: DiT-XL/2
+# at B=256 takes 395 ms either way on an H200, and 12.7 GiB more.
+_GRAPHS_UP_TO = 1 << 26
 
 PARAMETERS = ("ada_w", "ada_b", "qkv_w", "qkv_b", "proj_w", "proj_b", "w1", "b1", "w2", "b2")
 """A block's parameters: weights [out, in]; biases may be absent; qkv_w and qkv_b may be three tensors,
@@ -99,7 +104,7 @@ def cast_weights(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor
         else:
             shape = (sum(len(p) for p in group), *group[0].shape[1:])
             if index == W2 and _turned(group[0], tokens):
-                weights.append(group[0].new_empty(shape[::-1], dtype=dtype).copy_(group[0].t()))
+                weights.append(transpose_into(group[0].detach(), group[0].new_empty(shape[::-1], dtype=dtype)))
                 continue
             whole = group[0].new_empty(shape, dtype=dtype)
             targets += whole.split([len(p) for p in group]) if len(group) > 1 else [whole]
@@ -129,11 +134,11 @@ def _short(attention: str, qkv: Tensor) -> bool:
     """Whether attention's backward is our own kernel, after cuDNN's forward.
 
     At 65536 tokens on an H100, 16 heads of 72, with gradients packed and the bias gradient summed, against cuDNN's and
-    a pass that packs: 1.29 against 1.73 ms at L=256, 1.83 against 2.30 at 512, 3.13 against 3.46 at 1024; 12 heads of
-    64 at L=256: 0.67 against 1.03.
+    a pass that packs: 1.29 against 1.73 ms at L=256, 1.83 against 2.30 at 512, 3.13 against 3.46 at 1024, where the
+    power it takes slows the rest of a step by more; 12 heads of 64 at L=256: 0.67 against 1.03.
     """
     L, K = qkv.shape[1], qkv.shape[4]
-    return attention == "sdpa-cudnn" and L <= 1024 and K <= 96 and short_attention.fits(qkv.dtype, K)
+    return attention == "sdpa-cudnn" and L <= 512 and K <= 96 and short_attention.fits(qkv.dtype, K)
 
 
 class _Launch:
@@ -277,8 +282,8 @@ def backward(
         grads["b1"] = db1.to(to["b1"])
     if want["w2"]:
         # As gᵀ·dy, turned afterwards: a gradient has its parameter's layout.
-        grads["w2"] = _product(g.t(), dy_m, to["w2"]).t()
-        grads["w2"] = into["w2"].copy_(grads["w2"]) if into else grads["w2"].contiguous()
+        turned = _product(g.t(), dy_m, to["w2"])
+        grads["w2"] = transpose_into(turned, into["w2"] if into else torch.empty_like(groups[W2][0]))
     del g, dy_m
     # p = h_m·W1ᵀ + b1, h_m = LN(r)·(1 + scale_m) + shift_m, r = x + gate_a·y_a
     dh_m = torch.mm(dp, w1).view(B, L, D)
@@ -455,7 +460,8 @@ def adaln_block(x: Tensor, c: Tensor, groups: Groups, static: Static, graphed: b
     flat = [p for group in groups for p in group]
     if torch.compiler.is_compiling():
         return _operator(x, c, flat, *static)[0]
-    out: Tensor = _Block.apply(x, c, static, graphed and torch.is_grad_enabled(), *flat)
+    graphed = graphed and torch.is_grad_enabled() and x.numel() <= _GRAPHS_UP_TO
+    out: Tensor = _Block.apply(x, c, static, graphed, *flat)
     return out
 
 
