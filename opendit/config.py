@@ -59,9 +59,9 @@ class BoosterConfig(Generic[OptimizerT]):
             model's own dtype stays.
         compile: compile each transformer block with `torch.compile`, in place. Blocks of one shape share
             one compilation, so the first step comes much sooner than when the whole model is compiled.
-        cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, where launches can be the limit
-            (up to 2²⁶ elements of x [B, L, D]) and nobody holds what a replay would overwrite. Activations then stay
-            allocated between steps.
+        cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, where launches can be the
+            limit (up to 2²⁶ elements of x [B, L, D]) and nobody holds what a replay would overwrite. Activations then
+            stay allocated between steps.
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
         precision: `"inherit"`: the caller's autocast and parameter dtypes decide. Others: not implemented.

@@ -75,7 +75,10 @@ def forward_tile(*streams: Tensor) -> Tile:
     if INTERPRETING:  # its time goes into programs and loop turns, not into elements
         return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
     # Half the backward's warps: with one, a row's two reductions need no trip through shared memory.
-    return Tile(rows=1, walk=4, most=1 << 20, warps=max(warps(streams[0].shape[-1]) // 2, 1), stages=stages(streams))
+    few = max(warps(streams[0].shape[-1]) // 2, 1)
+    if len(streams) == 1:
+        return Tile(rows=2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
+    return Tile(rows=1, walk=4, most=1 << 20, warps=few, stages=stages(streams))
 
 
 def backward_tile(*streams: Tensor) -> Tile:
@@ -86,8 +89,11 @@ def backward_tile(*streams: Tensor) -> Tile:
     """
     if INTERPRETING:
         return Tile(rows=16, walk=64, most=512, warps=4, stages=1)
+    B, L, D = streams[0].shape
     short = sum(t.element_size() for t in streams) <= 4
-    return Tile(rows=1, walk=16, most=1024 if short else 512, warps=warps(streams[0].shape[-1]), stages=stages(streams))
+    if short and B * L < 1 << 15:  # few rows too: the sums that programs leave behind weigh more
+        return Tile(rows=1, walk=16, most=528, warps=max(warps(D) // 2, 1), stages=stages(streams) + 1)
+    return Tile(rows=1, walk=16, most=1024 if short else 512, warps=warps(D), stages=stages(streams))
 
 
 def warps(hidden: int) -> int:

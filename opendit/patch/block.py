@@ -44,8 +44,8 @@ with the whole forward computed again."""
 # 65536 tokens, D=1152, F=4608, 0.96 for 1.05 ms forward, 0.95 for 1.12 and 0.93 for 1.17 backward, for 0.04 ms.
 _TRANSPOSE_FROM = 4096
 
-# Up to this size of x its kernels can be quicker than their launches. Beyond, nothing is gained for the memory: DiT-XL/2
-# at B=256 takes 395 ms either way on an H200, and 12.7 GiB more.
+# Up to this size of x its kernels can be quicker than their launches. Beyond, nothing is gained for the memory:
+# DiT-XL/2 at B=256 takes 395 ms either way on an H200, and 12.7 GiB more.
 _GRAPHS_UP_TO = 1 << 26
 
 PARAMETERS = ("ada_w", "ada_b", "qkv_w", "qkv_b", "proj_w", "proj_b", "w1", "b1", "w2", "b2")
