@@ -1,7 +1,7 @@
 """Makes Triton's interpreter round to bfloat16 as a GPU does.
 
-Whatever rounding a cast asks for, the interpreter cuts off the lower half of a float32, which doubles the error: what it
-computes then says little about what a GPU would. Triton 3.7 still does.
+Whatever rounding a cast asks for, Triton 3.7's interpreter cuts off the lower half of a float32, which doubles the
+error: what it computes then says little about what a GPU would.
 """
 
 from __future__ import annotations
