@@ -224,17 +224,29 @@ MUTANTS = {
     "dk-for-dv": ("exists, dv_h, dv_t, K", "exists, dk_h, dk_t, K", 1, "dv is off", ODD),
     "dq-without-delta": ("p * (dp - delta[:, None])", "p * dp", 1, "dq is off", ODD),
     "dk-without-delta": ("p * (dp - delta[None, :])", "p * dp", 1, "dk is off", ODD),
-    "delta-without-its-tail": ("    if TAIL > 0:\n        total +=", "    if TAIL < 0:\n        total +=", 1, "dq", ODD),
+    "delta-without-its-tail": (
+        "    if TAIL > 0:\n        total +=",
+        "    if TAIL < 0:\n        total +=",
+        1,
+        "dq",
+        ODD,
+    ),
     "lse-in-the-other-base": ('other=float("inf")) * LOG2E', 'other=float("inf"))', 1, "dq is off", ODD),
     "one-head-for-all": ("h = bh % H", "h = bh * 0", 2, "is off", ODD),
     "one-sample-for-all": ("b = bh // H", "b = bh * 0", 2, "is off", ODD),
     "tail-not-masked": ("mask=_columns(K, FIRST, WIDTH, live), other", "mask=live[:, None], other", 1, "is off", ODD),
-    "even-tail-not-masked": ("(FIRST + tl.arange(0, WIDTH) < K)[None, :], other", "(tl.arange(0, WIDTH) < K)[None, :], other", 1, "is off", EVEN),
+    "even-tail-not-masked": (
+        "(FIRST + tl.arange(0, WIDTH) < K)[None, :], other",
+        "(tl.arange(0, WIDTH) < K)[None, :], other",
+        1,
+        "is off",
+        EVEN,
+    ),
     "absent-keys-reach-dq": ("p = tl.where(exists[None, :], p, 0.0)", "pass", 1, "large scores", None),
     "absent-keys-reach-the-sums": ("p = tl.where(exists[:, None], p, 0.0)", "pass", 1, "v's sums", ODD),
     "sums-of-the-first-block": ("(b * blocks + block) * H", "(b * blocks + block * 0) * H", 1, "q's sums", ODD),
     "k-and-v-sums-swapped": ("part + H * K, dv_h, dv_t", "part + H * K, dk_h, dk_t", 1, "v's sums", ODD),
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="broken kernels are for the interpreter")
