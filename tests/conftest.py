@@ -1,5 +1,6 @@
 """Shared fixtures. Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere."""
 
+import importlib.util
 import os
 
 import torch
@@ -11,6 +12,11 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)
 
 import pytest
+
+from tests.interpreting import round_bfloat16_to_nearest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    round_bfloat16_to_nearest()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

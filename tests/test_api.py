@@ -40,7 +40,7 @@ def test_explain_names_every_change_and_every_module_left(capsys):
         "blocks.{0-2}.attn (3): q, k, v go to",
         "final_layer: LayerNorm+modulate",
         "t_embedder: casts its sinusoid",
-        "blocks.{0-2}.mlp (3): two linears",
+        "blocks.{0-2}.mlp (3): GELU: one pass",
         "kernel layernorm_modulate: reference (auto:",
         "attention: auto",
     ):
@@ -106,6 +106,7 @@ def test_a_model_in_which_nothing_fits_is_refused():
     for i, block in enumerate(model.blocks):
         block.extra = nn.Identity()
         block.attn.attn_drop.p = 0.1 * (i + 1)
+        block.mlp.act = nn.SiLU()
     model.final_layer.extra = nn.Identity()
     with pytest.raises(ValueError, match=r"nothing in it can be accelerated: blocks.0: its parts are not exactly"):
         opendit.accelerate(model)

@@ -33,6 +33,19 @@ def test_recipes(recipe):
     assert isinstance(BoosterConfig.of(recipe), BoosterConfig)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("fusion", ["auto", "block", "adaln"]),
+        ("residual", ["inherit", "fp32", "bf16"]),
+        ("activation_checkpointing", [False, True, "selective", "full"]),
+    ],
+)
+def test_every_choice_of_a_field_is_taken(name, values):
+    assert [getattr(BoosterConfig.of({name: value}), name) for value in values] == values
+    assert getattr(BoosterConfig(), name) is values[0]
+
+
 def test_optimizer_may_be_instance_or_factory():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     assert BoosterConfig(optimizer=optimizer).optimizer is optimizer
@@ -53,8 +66,22 @@ def test_optimizer_may_be_instance_or_factory():
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
         ({"engine": "colossalai"}, NotImplementedError, r"engine='colossalai'"),
         ({"sequence_parallel": "ulysses"}, NotImplementedError, r"sequence_parallel='ulysses'"),
-        ({"activation_checkpointing": True}, NotImplementedError, r"activation_checkpointing=True"),
-        ({"activation_checkpointing": 0}, ValueError, r"activation_checkpointing: got 0"),
+        *[
+            (
+                {"activation_checkpointing": bad},
+                ValueError,
+                rf"activation_checkpointing: got {bad!r}; allowed: False, True, 'selective', 'full'$",
+            )
+            for bad in (0, 1, None, "all", "Full")
+        ],
+        *[
+            ({"fusion": bad}, ValueError, rf"fusion: got {bad!r}; allowed: 'auto', 'block', 'adaln'$")
+            for bad in ("whole", None, True)
+        ],
+        *[
+            ({"residual": bad}, ValueError, rf"residual: got {bad!r}; allowed: 'inherit', 'fp32', 'bf16'$")
+            for bad in ("fp16", None, torch.bfloat16)
+        ],
         ({"ema": 0.999}, NotImplementedError, r"ema=0.999: EMA is not implemented yet"),
         ({"optimizer": "adam"}, TypeError, r"optimizer: got str; allowed: a torch.optim.Optimizer, or a factory"),
         ("trian", ValueError, r"booster_cfg: got 'trian'; allowed recipes: train, sample.*'train'"),

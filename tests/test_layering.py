@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "opendit.attention": set(),
     "opendit.kernels": set(),
     "opendit.patch": set(),
-    "opendit.patch.adaln": {"opendit.kernels", "opendit.patch"},
+    "opendit.patch.adaln": {"opendit.attention", "opendit.kernels", "opendit.patch"},
+    "opendit.patch.block": {"opendit.attention", "opendit.kernels"},
+    "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
 }

@@ -111,7 +111,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, shape
 
 
 def _crossover(length: int) -> int:
-    return max((c for c in _CROSSOVERS if length >= c), default=0)
+    return max([0, *[c for c in _CROSSOVERS if length >= c]])  # torch.compile knows no `default`
 
 
 def _switches() -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ from torch import nn
 import opendit
 from opendit.patch.registry import families
 from tests.comparing import build, relative_errors, run, twin, worst
-from tests.tiny_models import TINY, Tiny
+from tests.tiny_models import TINY, Tiny, randomise
 
 each_model = pytest.mark.parametrize("tiny", TINY, ids=lambda t: t.name)
 first_of_each_family = pytest.mark.parametrize(
@@ -53,10 +53,13 @@ def test_fp32_with_interpreted_kernels(tiny: Tiny, interpreter):
 
 @each_model
 def test_bf16_autocast_is_as_exact_as_the_models_own(tiny: Tiny):
-    model = build(tiny)
-    truth = run(twin(model).double(), tiny)
-    theirs = relative_errors(run(model, tiny, autocast=torch.bfloat16), truth)
-    ours = relative_errors(run(accelerated(model), tiny, autocast=torch.bfloat16), truth)
+    theirs, ours = {}, {}
+    for seed in range(3):  # in one draw, the two gradients of a norm on q and k may scatter by more than the rule
+        model = randomise(build(tiny), seed)
+        truth = run(twin(model).double(), tiny)
+        for errors, candidate in ((theirs, model), (ours, accelerated(model))):
+            found = relative_errors(run(candidate, tiny, autocast=torch.bfloat16), truth)
+            errors.update({f"{seed} {name}": error for name, error in found.items()})
     assert total(ours) <= 1.2 * total(theirs)
 
 
