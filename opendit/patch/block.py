@@ -443,7 +443,7 @@ class _Block(torch.autograd.Function):
             if ctx.graphs is None:
                 grads = compute(dout, {})
             else:
-                grads = ctx.graphs.run_backward(ctx.replay, dout, _likes(x, c, groups, wants), compute)
+                grads = ctx.graphs.run_backward(ctx.replay, dout, flat, _likes(x, c, groups, wants), compute)
                 ctx.lease = None
         return (grads["x"], grads.get("c"), None, None, *_for_parameters(grads, [p.shape for p in flat], static))
 

@@ -120,6 +120,10 @@ class Block:
         self.forward: _Forward | None = None
         self.backward: dict[Any, _Backward] = {}
 
+    def at_home(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameters are where the graphs read them; an engine may move them, before the backward too."""
+        return [p.data_ptr() for p in parameters] == self.addresses
+
     def ready(self) -> bool:
         """Whether this call may be a replay, or the capture."""
         self.calls += 1
@@ -151,6 +155,7 @@ class Block:
         self,
         replay: int,
         dout: Tensor,
+        parameters: Sequence[Tensor],
         likes: dict[str, Tensor],
         compute: Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
@@ -167,6 +172,8 @@ class Block:
                 "backward a second time through a block whose CUDA graph has run again since: its activations are "
                 "gone. Call all backwards before the next forward, or accelerate with cuda_graphs=False"
             )
+        if not self.at_home(parameters):
+            return compute(dout, {})
         key = (tuple(likes), dout.dtype)
         static = self.backward.get(key)
         if static is None:
@@ -194,8 +201,8 @@ def block(x: Tensor, c: Tensor, parameters: Sequence[Tensor], key: Any) -> Block
     key = (key, x.shape, x.dtype, c.shape, c.dtype, torch.cuda.current_stream(x.device).cuda_stream)
     if key not in mine and len(mine) == _SHAPES:
         return None
-    if key not in mine or mine[key].addresses != [p.data_ptr() for p in parameters]:
-        mine[key] = Block(parameters)  # also where an engine moves the parameters: then it never gets warm
+    if key not in mine or not mine[key].at_home(parameters):
+        mine[key] = Block(parameters)  # where parameters keep moving, it never gets warm
     return mine[key] if mine[key].ready() else None
 
 
