@@ -4,9 +4,19 @@ model = opendit.accelerate(model)
 model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
 """
 
-from opendit.api import Boosted, accelerate, explain, restore
+from opendit.api import Boosted, accelerate, data_parallel_rank, data_parallel_size, explain, restore, seed
 from opendit.config import BoosterConfig
 from opendit.patch.registry import register_family
 
-__all__ = ["Boosted", "BoosterConfig", "accelerate", "explain", "register_family", "restore"]
+__all__ = [
+    "Boosted",
+    "BoosterConfig",
+    "accelerate",
+    "data_parallel_rank",
+    "data_parallel_size",
+    "explain",
+    "register_family",
+    "restore",
+    "seed",
+]
 __version__ = "0.1.0"

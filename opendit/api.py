@@ -67,7 +67,9 @@ def accelerate(
         booster_cfg: a `BoosterConfig`, a mapping of its fields, or a recipe (`"train"`, `"sample"`).
         optimizer: an optimizer on the model's parameters (the same object comes back), or a factory, such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`, which is called last.
-        sp_size: over how many ranks a sequence is spread; only 1 is implemented.
+        sp_size: over how many processes a sequence is spread, a divisor of their number. Every process makes this call,
+            and those of one group (sp_size neighbours) run the model on the same inputs; see `seed` and
+            `data_parallel_rank`. Where there is no process group, one is set up from torchrun's environment.
 
     Returns:
         `model`, or `(model, optimizer)` where an optimizer was given here or in the config.
@@ -87,7 +89,12 @@ def accelerate(
 
     from opendit.plan import plan_for  # brings the kernels in; import opendit itself stays light
 
-    plan = plan_for(target, cfg)
+    if sp_size > 1:
+        from opendit.fastseq import mesh
+
+        mesh.ensure_world(next((p.device for p in target.parameters()), torch.device("cpu")))
+        mesh.check_size(sp_size)
+    plan = plan_for(target, cfg, sp_size)
     before = dict(target.named_parameters())
     core.apply(target, plan)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
@@ -146,6 +153,54 @@ def restore(model: ModelT) -> ModelT:
     return model
 
 
+def data_parallel_rank(model: nn.Module) -> int:
+    """Which share of every batch this process trains on, from 0; processes that share a sequence give the same.
+
+    It is the `rank` for a `DistributedSampler`, with `data_parallel_size(model)` as `num_replicas`. Without sequence
+    parallelism it is the process's rank, and 0 without processes.
+    """
+    return _data_parallel(model)[0]
+
+
+def data_parallel_size(model: nn.Module) -> int:
+    """Into how many shares a batch is divided: the number of processes over `sp_size`."""
+    return _data_parallel(model)[1]
+
+
+def seed(seed: int, model: nn.Module) -> int:
+    """Seeds torch (GPUs too), Python's `random`, and numpy where it is loaded; returns the seed that was used.
+
+    Processes that share a sequence get one seed, so that noise, timesteps and label drops are equal there; others get
+    others: seed · data_parallel_size + data_parallel_rank, as facebookresearch/DiT does with ranks. Call it after
+    `accelerate`, before anything random is drawn.
+
+    Raises `TypeError` where `seed` is no int, `ValueError` where it is negative.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {seed!r}; allowed: an int of at least 0")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}; allowed: an int of at least 0")
+    from opendit.fastseq.seed import set_everywhere
+
+    rank, size = _data_parallel(model)
+    return set_everywhere(seed * size + rank)
+
+
+def _data_parallel(model: nn.Module) -> tuple[int, int]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; allowed: the torch.nn.Module given to accelerate")
+    plan = core.plan_of(_unwrap(model))
+    sequence = plan.choices.sequence if plan is not None else None
+    if sequence is not None:
+        from opendit.fastseq import mesh
+
+        place = mesh.groups(sequence.size)
+        return place.dp_rank, place.dp_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 def _one_optimizer(given: Any, cfg: BoosterConfig[Any]) -> Optimizer | OptimizerFactory | None:
     if given is not None and cfg.optimizer is not None:
         raise ValueError("optimizer: given both to accelerate and in booster_cfg; leave one of them out")
@@ -159,8 +214,6 @@ def _check_sp_size(sp_size: object) -> None:
         raise TypeError(f"sp_size: got {sp_size!r}; allowed: a positive int")
     if sp_size < 1:
         raise ValueError(f"sp_size: got {sp_size}; allowed: 1 or more, a divisor of the number of processes")
-    if sp_size > 1:
-        raise NotImplementedError(f"sp_size={sp_size}: sequence parallelism is not implemented yet; leave sp_size at 1")
 
 
 def _target(model: object) -> nn.Module:

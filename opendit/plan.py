@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
@@ -10,16 +11,21 @@ from torch import nn
 
 from opendit import attention
 from opendit.config import BoosterConfig
+from opendit.fastseq import choice as fastseq_choice
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
-from opendit.patch.registry import resolve
+from opendit.patch.registry import Family, resolve
+from opendit.patch.spreading import attention_shape, plan_spread
 
 
-def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
-    """What `accelerate(model, cfg)` would do. Raises `ValueError` where it could do nothing."""
+def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
+    """What `accelerate(model, cfg, sp_size=sp_size)` would do. Raises `ValueError` where it could do nothing.
+
+    With `sp_size` > 1 every process calls it: link speeds are measured together.
+    """
     family = resolve(model)
     choices = choose(cfg, model)
     planner = Planner()
@@ -31,6 +37,8 @@ def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
         )
     plan_norms(planner, model, choices)
+    if sp_size > 1:
+        choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
@@ -46,6 +54,29 @@ def plan_for(model: nn.Module, cfg: BoosterConfig) -> Plan:
         choices=choices,
         compiled=compiled,
     )
+
+
+def _spread(
+    planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
+) -> Choices:
+    """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    if cfg.fusion == "block":
+        raise ValueError(
+            "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "
+            "a block must call"
+        )
+    plan_spread(planner, model, family)
+    if cfg.cuda_graphs or choices.keep == "selective":
+        planner.keep(
+            family.blocks, "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts"
+        )
+    heads, width = attention_shape(model, family)
+    assert family.spread is not None
+    tokens = family.spread.tokens(model)
+    sequence = fastseq_choice.choose(
+        cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model)
+    )
+    return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
 
 
 def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
@@ -111,6 +142,8 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
         lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
     if "attention" in used and plan.choices.attention == "auto":
         lines += [f"    so far {choice}" for choice in attention.choices_made()]
+    if plan.choices.sequence is not None:
+        lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
     modules = dict(model.named_modules())
     for fqn in plan.compiled:
         # A copy or an unpickled model has the plan and the classes, but not the compiled code.
@@ -138,6 +171,10 @@ def _kernel_in_words(name: str, backend: str, device: torch.device) -> str:
 
 def _attention_in_words(backend: str) -> str:
     return f"{backend} (asked for)" if backend != "auto" else "auto, chosen per call by device, dtype, head_dim, length"
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _device(model: nn.Module) -> torch.device:

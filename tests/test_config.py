@@ -65,7 +65,7 @@ def test_optimizer_may_be_instance_or_factory():
         ({"plugin": "zero2"}, NotImplementedError, r"plugin='zero2'"),
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
         ({"engine": "colossalai"}, NotImplementedError, r"engine='colossalai'"),
-        ({"sequence_parallel": "ulysses"}, NotImplementedError, r"sequence_parallel='ulysses'"),
+        ({"sequence_parallel": "ulises"}, ValueError, r"sequence_parallel: got 'ulises'; allowed: 'auto', 'fastseq'"),
         *[
             (
                 {"activation_checkpointing": bad},

@@ -40,6 +40,7 @@ class Choices:
     residual: str = "inherit"
     keep: str = "all"
     graphs: bool = False
+    sequence: Any = None  # an opendit.fastseq.Sequence where the tokens are spread over processes
 
     def kernel(self, name: str) -> str:
         return dict(self.kernels).get(name, "reference")
@@ -62,6 +63,8 @@ class Patched:
     _opendit_residual: ClassVar[str]
     _opendit_keep: ClassVar[str]
     _opendit_graphs: ClassVar[bool]
+    _opendit_sequence: ClassVar[Any]
+    _opendit_around: ClassVar[tuple[type[Patched], ...]]
     _opendit_parameters: ClassVar[tuple[str, ...]]
     # Which kernels and whether attention, by the names that configs use.
     uses: ClassVar[tuple[str, ...]] = ()
@@ -69,7 +72,7 @@ class Patched:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The made class has no import path; pickle and deepcopy make it again from its ingredients.
         cls = type(self)
-        recipe = (cls._opendit_base, cls._opendit_mixin, cls._opendit_choices)
+        recipe = (cls._opendit_base, cls._opendit_mixin, cls._opendit_choices, cls._opendit_around)
         return _rebuild, recipe, cast(Any, self).__getstate__()
 
     def _kernel(self, name: str) -> str:
@@ -97,18 +100,24 @@ class Patched:
                 logger.log(level, "%s: %s", type(self)._opendit_base.__name__, what)
 
 
-_made: dict[tuple[type, type, Choices], type[nn.Module]] = {}
+_Around = tuple[type[Patched], ...]
+_made: dict[tuple[type, type, Choices, _Around], type[nn.Module]] = {}
 
 
-def patched_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> type[nn.Module]:
-    """The class that behaves as `base` with `mixin`'s forward. Equal arguments give the same class."""
-    key = (base, mixin, choices)
+def patched_class(
+    base: type[nn.Module], mixin: type[Patched], choices: Choices, around: _Around = ()
+) -> type[nn.Module]:
+    """The class that behaves as `base` with `mixin`'s forward, inside the forwards of `around`, the first outermost.
+
+    Equal arguments give the same class.
+    """
+    key = (base, mixin, choices, around)
     if key not in _made:
-        _made[key] = _make_class(base, mixin, choices)
+        _made[key] = _make_class(base, mixin, choices, around)
     return _made[key]
 
 
-def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> type[nn.Module]:
+def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices, around: _Around) -> type[nn.Module]:
     # The name stays upstream's: device maps, wrap policies and printed models go by it.
     namespace = {
         "__module__": base.__module__,
@@ -122,26 +131,32 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices) -
         "_opendit_residual": choices.residual,
         "_opendit_keep": choices.keep,
         "_opendit_graphs": choices.graphs,
+        "_opendit_sequence": choices.sequence,
+        "_opendit_around": around,
         "_opendit_attention": choices.attention,
         "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],
     }
-    made: Any = type(base.__name__, (mixin, base), namespace)
+    made: Any = type(base.__name__, (*around, mixin, base), namespace)
     made._opendit_made = made  # a subclass made later, by fully_shard say, is told apart by this
     return cast("type[nn.Module]", made)
 
 
-def _rebuild(base: type[nn.Module], mixin: type[Patched], choices: Choices) -> nn.Module:
-    cls = patched_class(base, mixin, choices)
+def _rebuild(base: type[nn.Module], mixin: type[Patched], choices: Choices, around: _Around = ()) -> nn.Module:
+    cls = patched_class(base, mixin, choices, around)
     return cls.__new__(cls)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One module that gets `mixin`; `what` says what changes there, in a few words."""
+    """One module that gets `mixin`; `what` says what changes there, in a few words.
+
+    `around` are mixins whose forward runs before and after it, calling `super().forward`.
+    """
 
     fqn: str
     mixin: type[Patched]
     what: str
+    around: tuple[type[Patched], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
             if isinstance(module, Patched):
                 continue  # the same module under a second name
             base = type(module)
-            module.__class__ = patched_class(base, edit.mixin, plan.choices)
+            module.__class__ = patched_class(base, edit.mixin, plan.choices, edit.around)
             done.append((module, base))
         for fqn in plan.compiled:
             # The types of nn.Module.compile are not declared.

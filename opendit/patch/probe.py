@@ -95,6 +95,23 @@ def reads_low_precision(sublayer: nn.Module, width: int) -> bool:
             return False
 
 
+def separable(module: nn.Module, shape: torch.Size, dims: Sequence[int]) -> bool:
+    """Whether `module` gives, for a part of an input of `shape` along each of `dims`, that part of its output for all.
+
+    So does what works token by token (or head by head): a part of the tokens is all it needs.
+    """
+    with _neutral(), torch.no_grad():
+        try:
+            twin = _small_copy(module, {}, torch.float64).eval()
+            x = torch.randn(shape, dtype=torch.float64)
+            whole = twin(x)
+            cuts = [(x.narrow(dim, 0, 2), x.narrow(dim, 2, shape[dim] - 2)) for dim in dims]
+            parts = [torch.cat([twin(part) for part in cut], dim) for dim, cut in zip(dims, cuts, strict=True)]
+            return all(part.shape == whole.shape and torch.allclose(part, whole, 1e-9, 1e-9) for part in parts)
+        except Exception:
+            return False
+
+
 @contextmanager
 def _neutral() -> Iterator[None]:
     """A fixed random state and none of the caller's modes; everything is as it was afterwards."""

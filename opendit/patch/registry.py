@@ -27,6 +27,22 @@ class Trait:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Where a family's tokens [B, L, D] can be spread over processes.
+
+    Attributes:
+        gather: the name of the module after whose output [B, L, C] the model needs all tokens.
+        attention, mlp: the names of a block's two sublayers.
+        tokens: how many tokens the model is built for; None where that can't be told.
+    """
+
+    gather: str
+    attention: str
+    mlp: str
+    tokens: Callable[[Any], int | None] = lambda model: None
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model that `accelerate` knows.
 
@@ -36,6 +52,7 @@ class Family:
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList.
+        spread: where its sequence is split and gathered; None: it has no sequence parallelism.
     """
 
     name: str
@@ -43,6 +60,7 @@ class Family:
     traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
     blocks: str
+    spread: Spread | None = None
 
 
 _registered: dict[str, Family] = {}

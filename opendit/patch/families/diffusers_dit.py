@@ -24,7 +24,8 @@ from opendit.patch.mlp import tokens
 from opendit.patch.parts import AttentionParts, MlpParts, Sublayer, off, plain_linear
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import StandIn, reads_low_precision
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Family, Spread, Trait
+from opendit.patch.spread import SpreadAttention
 
 _MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
 _BLOCK = "diffusers.models.attention.BasicTransformerBlock"
@@ -93,7 +94,7 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class DispatchedAttention(Sublayer):
+class DispatchedAttention(SpreadAttention):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 
     uses = ("attention",)
@@ -119,13 +120,16 @@ class DispatchedAttention(Sublayer):
         elif hidden_states.dim() != 3:
             reason = "its input is not [B, L, D]"
         else:
-            q, k, v = (
-                projection(hidden_states).unflatten(-1, (self.heads, -1))
-                for projection in (self.to_q, self.to_k, self.to_v)
-            )
-            out = attend(q, k, v, backend=self._opendit_attention).flatten(2)
+            if self._opendit_sequence is not None:
+                out = self._spread(hidden_states, self.heads, (self.to_q, self.to_k, self.to_v))
+            else:
+                out = attend(*self._project(hidden_states), backend=self._opendit_attention).flatten(2)
             return self.to_out[1](self.to_out[0](out)) / self.rescale_output_factor
         return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (projection(x).unflatten(-1, (self.heads, -1)) for projection in (self.to_q, self.to_k, self.to_v))
+        return q, k, v
 
     def _parts(self) -> AttentionParts | str:
         projections = tuple(m for m in (self.to_q, self.to_k, self.to_v, self.to_out[0]) if isinstance(m, nn.Linear))
@@ -232,6 +236,10 @@ def _plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:
         planner.offer(name, ff, FusedFeedForward, "GELU: one pass", tokens(width), bypassed=(ff.net[0],))
 
 
+def _tokens(model: Any) -> int | None:
+    return (model.config.sample_size // model.config.patch_size) ** 2
+
+
 FAMILY = Family(
     name="diffusers_dit",
     describes="diffusers' DiTTransformer2DModel; recognised by class",
@@ -241,4 +249,5 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks="transformer_blocks",
+    spread=Spread(gather="proj_out_2", attention="attn1", mlp="ff", tokens=_tokens),
 )

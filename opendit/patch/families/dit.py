@@ -19,10 +19,11 @@ from opendit.attention import attend
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import Patched, hooked, untouched
 from opendit.patch.mlp import plan_mlp
-from opendit.patch.parts import AttentionParts, Sublayer, off, plain_linear
+from opendit.patch.parts import AttentionParts, off, plain_linear
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Family, Spread, Trait
+from opendit.patch.spread import SpreadAttention
 
 _BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 _HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
@@ -55,7 +56,7 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class DispatchedAttention(Sublayer):
+class DispatchedAttention(SpreadAttention):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
     uses = ("attention",)
@@ -75,11 +76,20 @@ class DispatchedAttention(Sublayer):
             return self._upstream("dropout active in attention", x)
         if hooked(self.attn_drop):
             return self._upstream("a hook on its attention weights", x)
+        if self._opendit_sequence is not None:
+            out = self._spread(x, self.num_heads, (self.qkv,))
+        else:
+            q, k, v = self._project(x)
+            q, k = self._normalise(q, k)
+            out = attend(q, k, v, backend=self._opendit_attention).flatten(2)
+        return self.proj_drop(self.proj(out))
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        if hasattr(self, "q_norm"):  # absent in old timm
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(q, k, v, backend=self._opendit_attention)
-        return self.proj_drop(self.proj(out.flatten(2)))
+        return q, k, v
+
+    def _normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self.q_norm(q), self.k_norm(k)) if hasattr(self, "q_norm") else (q, k)  # absent in old timm
 
     def _parts(self) -> AttentionParts | str:
         if not off(self.attn_drop, self.proj_drop):
@@ -238,6 +248,11 @@ def _plan_head(planner: Planner, head: Any) -> None:
     )
 
 
+def _tokens(model: Any) -> int | None:
+    positions = getattr(model, "pos_embed", None)
+    return positions.shape[-2] if isinstance(positions, torch.Tensor) and positions.dim() > 1 else None
+
+
 FAMILY = Family(
     name="dit",
     describes="facebookresearch/DiT, SiT, fast-DiT; recognised by structure",
@@ -262,4 +277,5 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks="blocks",
+    spread=Spread(gather="final_layer", attention="attn", mlp="mlp", tokens=_tokens),
 )

@@ -1,0 +1,150 @@
+"""Which method, and what it is expected to cost: bytes, speeds, and the time that a layer waits for others.
+
+    forward + backward of a layer ≈ arithmetic / GEMM speed · imbalance + calls · latency + bytes received / link speed
+
+An estimate to rank methods by and to be open about: nothing is taken as hidden behind arithmetic. On GPUs the speeds
+are measured once per process group, by everyone together, and the slowest counts; elsewhere they are assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from opendit.fastseq.mesh import groups
+from opendit.fastseq.method import Method, Shape, methods
+from opendit.fastseq.sequence import Sequence
+
+_TOKENS = 4096  # where a model does not say how many it is built for
+
+
+class Speeds(NamedTuple):
+    """link in bytes/s, gemm in flop/s, latency of one call in s; where they come from."""
+
+    link: float
+    gemm: float
+    latency: float
+    origin: str
+
+
+# Of gloo between processes of one machine, in round figures.
+_CPU = Speeds(2e9, 50e9, 200e-6, "assumed: nothing is measured on CPUs")
+
+
+def choose(
+    name: str,
+    heads: int,
+    width: int,
+    tokens: int | None,
+    sp_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Sequence:
+    """The sequence parallelism that `name` ("auto" or a method) stands for, with its reasons; every process calls it.
+
+    Args:
+        tokens: L that the model is built for; None where it does not say.
+        device, dtype: of the parameters.
+    """
+    groups(sp_size)
+    speeds = _speeds(device, sp_size)
+    itemsize = 2 if device.type == "cuda" else dtype.itemsize
+    shape = Shape(tokens or _TOKENS, width, heads, itemsize)
+    known = methods()
+    times = {n: waiting(m, shape, sp_size, speeds) for n, m in known.items()}
+    chosen = min(known, key=lambda n: (times[n], n)) if name == "auto" else name
+    method = known[chosen]
+    ring = method.layout(sp_size, heads)
+    groups(sp_size, ring)  # made now, by everyone together, not at some forward
+    return Sequence(chosen, sp_size, ring, reasons=_reasons(name, method, times, shape, sp_size, ring, speeds, tokens))
+
+
+def arithmetic(shape: Shape) -> float:
+    """Floating point operations of one block, forward and backward, per sample: linears 24·L·D², attention 4·L²·D."""
+    L, D = shape.tokens, shape.width
+    return 3 * 24 * L * D**2 + 3.5 * 4 * L**2 * D
+
+
+def waiting(method: Method, shape: Shape, size: int, speeds: Speeds) -> float:
+    """Seconds of one block's forward and backward beyond its even share of the arithmetic, per sample."""
+    forward, backward = method.received(shape, size)
+    idle = (method.imbalance(size, shape.heads) - 1) * _spread_unevenly(shape) / size / speeds.gemm
+    return idle + 2 * method.calls(size, shape.heads) * speeds.latency + (forward + backward) / speeds.link
+
+
+def _spread_unevenly(shape: Shape) -> float:
+    """The operations that follow heads, not tokens: attention and the projection before it."""
+    L, D = shape.tokens, shape.width
+    return 3 * 6 * L * D**2 + 3.5 * 4 * L**2 * D
+
+
+def _reasons(
+    asked: str,
+    method: Method,
+    times: dict[str, float],
+    shape: Shape,
+    size: int,
+    ring: int,
+    speeds: Speeds,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    place = groups(size)
+    forward, backward = method.received(shape, size)
+    share = arithmetic(shape) / size / speeds.gemm
+    rows = f", {size // ring} exchange heads × {ring} in a ring" if ring > 1 else ""
+    others = ", ".join(f"{n} {t * 1e3:.3g} ms" for n, t in sorted(times.items(), key=lambda item: item[1]))
+    built = "" if tokens else " (assumed: the model does not say)"
+    slower = times[method.name] / share
+    return (
+        f"{method.name} ({'chosen by auto' if asked == 'auto' else 'asked for'}), sp {size}{rows}, dp {place.dp_size}",
+        f"for {shape.tokens} tokens{built} of {shape.width}, {shape.heads} heads, {shape.itemsize} bytes a number: "
+        f"received per layer and sample {forward / 2**20:.3g} MiB forward, {backward / 2**20:.3g} MiB backward",
+        f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call, GEMM {speeds.gemm / 1e12:.3g} "
+        f"TFLOP/s ({speeds.origin}); waiting per layer, forward and backward, nothing hidden: {others}",
+        f"slower than dp by about {100 * slower:.2g} % where there are samples enough: sp {size} with a batch of "
+        f"{size} needs the memory of dp with 1 each, and dp waits for nobody inside a layer. Use sp where one "
+        "sequence does not fit a device, or there are fewer samples than devices",
+    )
+
+
+_measured: dict[tuple[object, int], Speeds] = {}
+
+
+def _speeds(device: torch.device, sp_size: int) -> Speeds:
+    if device.type != "cuda":
+        return _CPU
+    key = (dist.group.WORLD, sp_size)
+    if key not in _measured:
+        _measured[key] = _measure(device, sp_size)
+    return _measured[key]
+
+
+def _measure(device: torch.device, sp_size: int) -> Speeds:
+    """By an all-to-all in the sequence group, and a product of the size of a layer's; about 50 ms."""
+    group = groups(sp_size).sp
+    big = torch.zeros(2**24 // sp_size * sp_size, dtype=torch.bfloat16, device=device)
+    small = torch.zeros(sp_size * 128, dtype=torch.bfloat16, device=device)
+    a, b = (torch.zeros(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def seconds(call: object, times: int = 5) -> float:
+        assert callable(call)
+        call()
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - begin) / times
+
+    latency = seconds(lambda: dist.all_to_all_single(torch.empty_like(small), small, group=group))
+    exchange = seconds(lambda: dist.all_to_all_single(torch.empty_like(big), big, group=group))
+    product = seconds(lambda: a @ b)
+    found = torch.tensor([latency, exchange, product], dtype=torch.float64, device=device)
+    # Everyone must choose alike, and the slowest is who is waited for.
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    latency, exchange, product = found.tolist()
+    received = big.numel() * 2 * (sp_size - 1) / sp_size
+    return Speeds(received / max(exchange - latency, 1e-6), 2 * 4096**3 / product, latency, "measured")

@@ -1,0 +1,99 @@
+"""What a method is: attention over a sequence that is spread, and what it costs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from opendit.fastseq.sequence import Sequence
+
+_Heads = tuple[Tensor, Tensor, Tensor]
+
+
+class Projection(NamedTuple):
+    """The rows of q, k, v as parameters: one packed [3·H·K, D] (q's rows first), or three of [H·K, D]."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]  # as many as weights, or none
+    dtype: torch.dtype | None  # what autocast computes it in; None: as it is
+
+
+class Pair(NamedTuple):
+    """Attention of one block of keys, forward and backward; every tensor [B, L, H, K], lse [B, H, Lq].
+
+    `forward(q, k, v)` gives out and the logarithm of the softmax's denominators. `backward(dout, q, k, v, out, lse)`
+    gives dq, dk, dv; out and lse may be those of more keys than k holds, dk and dv are then this block's share.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], _Heads]
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """A layer's attention up to its output projection, in the pieces that methods put together.
+
+    Attributes:
+        heads: H.
+        project: [B, l, D] → q, k, v [B, l, H, K], by the layer's own modules.
+        projection: the same as parameters, or why it can't be taken apart.
+        normalise: q, k → q, k, each vector of K by itself.
+        attend: q, k, v [B, L, h, K] → [B, L, h, K].
+        pair: attention of one block of keys.
+    """
+
+    heads: int
+    project: Callable[[Tensor], _Heads]
+    projection: Projection | str
+    normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pair: Pair
+
+
+class Shape(NamedTuple):
+    """What costs depend on: tokens, hidden size, heads, bytes of a number."""
+
+    tokens: int
+    width: int
+    heads: int
+    itemsize: int
+
+
+class Method(Protocol):
+    """One way to compute attention over a sequence of which each process has a part."""
+
+    name: str
+
+    def layout(self, size: int, heads: int) -> int:
+        """The ring size to use for `size` processes."""
+
+    def imbalance(self, size: int, heads: int) -> float:
+        """How much longer the busiest process computes attention than if it were spread evenly; 1: it is."""
+
+    def calls(self, size: int, heads: int) -> int:
+        """How many collectives one layer's forward waits for, one after the other."""
+
+    def received(self, shape: Shape, size: int) -> tuple[float, float]:
+        """Bytes that each process receives in one layer's forward and in its backward, per sample."""
+
+    def attention(self, x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
+        """[B, l, D] → [B, l, H·K], padding tokens' rows holding anything finite."""
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """Every method by name: what the files of this package end in as ``METHOD``."""
+    package = importlib.import_module("opendit.fastseq")
+    found: dict[str, Method] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        method: Method | None = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "METHOD", None)
+        if method is not None:
+            found[method.name] = method
+    return found

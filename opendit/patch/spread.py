@@ -1,0 +1,111 @@
+"""Blocks on a part of the tokens: the mixins that split and gather, and attention over processes.
+
+    blocks[0]    SplitTokens around its own mixin: [B, L, D] → its process's part [B, l, D], then the block
+    attention    SpreadAttention: one of opendit.fastseq's methods instead of `attend`
+    last module  GatherTokens around its own mixin: the module, then [B, l, C] → [B, L, C]
+
+All else in a block must treat tokens one by one, and norms of q and k one head at a time: `spreading.py` sees to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from opendit.attention import attend, blockwise
+from opendit.fastseq import Projection, SelfAttention, inputs, methods
+from opendit.fastseq.collectives import gather_tokens, split_tokens
+from opendit.fastseq.method import Pair
+from opendit.patch.core import Patched, autocast_dtype
+from opendit.patch.parts import Sublayer, plain_linear
+
+_PAIR = Pair(blockwise.forward, blockwise.backward)
+
+# How often a model's inputs were compared so far. Outside the modules, as everything that mixins remember.
+_checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+class SplitTokens(Patched):
+    """Around the first block: it gets this process's part of its first argument."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._compare_inputs([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+        first = self._opendit_parameters[0]
+        sp = self._opendit_sequence.size
+        if args:
+            args = (split_tokens(args[0], sp), *args[1:])
+        elif first in kwargs:
+            kwargs = {**kwargs, first: split_tokens(kwargs[first], sp)}
+        return cast(Any, super()).forward(*args, **kwargs)
+
+    def _compare_inputs(self, tensors: list[Tensor]) -> None:
+        module = cast(nn.Module, self)
+        times = _checked.get(module, 0)
+        if times < inputs.STEPS:
+            _checked[module] = times + 1
+            said = inputs.compare(tensors, self._opendit_sequence.size, training=module.training)
+            if said is not None:
+                self._note(said)
+
+
+class GatherTokens(Patched):
+    """Around the last module that works token by token: what it returns is gathered."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return gather_tokens(cast(Any, super()).forward(*args, **kwargs), self._opendit_sequence.size)
+
+
+class SpreadAttention(Sublayer):
+    """Base of attention mixins that can work on a part of the tokens."""
+
+    # What must hold of the modules that `_normalise` calls, by their names: they see each head alone.
+    per_head: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, L, H, K] of x [B, L, D]."""
+        raise NotImplementedError
+
+    def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def _spread(self, x: Tensor, heads: int, linears: tuple[nn.Module, ...]) -> Tensor:
+        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection."""
+        sequence = self._opendit_sequence
+        layer = SelfAttention(
+            heads=heads,
+            project=self._project,
+            projection=_projection(x, linears),
+            normalise=self._normalise,
+            attend=self._attend,
+            pair=_PAIR,
+        )
+        return methods()[sequence.method].attention(x, layer, sequence)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, backend=self._opendit_attention)
+
+    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        if self._opendit_sequence is not None:
+            _refuse(
+                f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
+                "a part of the tokens only"
+            )
+        return super()._upstream(reason, *args, **kwargs)
+
+
+def _projection(x: Tensor, linears: tuple[nn.Module, ...]) -> Projection | str:
+    if not plain_linear(*linears):
+        return "its linears are not torch's own, or something was put on them"
+    weights = tuple(cast(nn.Linear, linear).weight for linear in linears)
+    biases = tuple(b for linear in linears if (b := cast(nn.Linear, linear).bias) is not None)
+    if len(biases) not in (0, len(weights)):
+        return "only some of q, k and v have a bias"
+    return Projection(weights, biases, autocast_dtype(x))
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ValueError(f"sp_size: {why}; leave sp_size at 1 for this model")

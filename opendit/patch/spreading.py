@@ -1,0 +1,97 @@
+"""Plans where a model's tokens are split and gathered, and refuses models for which a part would not do.
+
+Right are blocks in which only attention looks across tokens. A module whose mixin does its work is known; one that was
+left to upstream is asked, on a small copy: does it give the same for a part of the tokens (or heads) as for all?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from opendit.patch.core import Edit
+from opendit.patch.planner import Planner
+from opendit.patch.probe import separable
+from opendit.patch.registry import Family
+from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
+
+
+def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
+    """Adds the split and the gather to what is planned. Raises `ValueError`, naming the module, where it can't be."""
+    spread = family.spread
+    if spread is None:
+        raise ValueError(
+            f"sp_size: family {family.name} does not say where its tokens can be split (Family.spread); leave sp_size "
+            "at 1, or register a family that does"
+        )
+    blocks = list(model.get_submodule(family.blocks).named_children())
+    if len({id(block) for _, block in blocks}) < len(blocks):
+        raise _cannot(family.blocks, "a block stands in it twice")
+    kept = {entry.fqn: entry.why for entry in planner.kept}
+    edits = {edit.fqn: edit for edit in planner.edits}
+    for name, block in blocks:
+        fqn = f"{family.blocks}.{name}"
+        if fqn not in edits:
+            raise _cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
+        _check_attention(planner, f"{fqn}.{spread.attention}", block, edits, kept)
+        mlp = f"{fqn}.{spread.mlp}"
+        if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
+            raise _cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
+    first = f"{family.blocks}.{blocks[0][0]}"
+    _put_around(planner, first, SplitTokens, "gets its process's part of the tokens")
+    if spread.gather not in edits and type(model.get_submodule(spread.gather)) is not nn.Linear:
+        raise _cannot(spread.gather, f"it is left to upstream ({kept.get(spread.gather)})")
+    _put_around(planner, spread.gather, GatherTokens, "its output is gathered")
+
+
+def attention_shape(model: nn.Module, family: Family) -> tuple[int, int]:
+    """(heads, hidden size) of its first block's attention."""
+    assert family.spread is not None
+    block = next(iter(model.get_submodule(family.blocks).children()))
+    attention: Any = block.get_submodule(family.spread.attention)
+    return int(getattr(attention, "num_heads", None) or attention.heads), _width(attention)
+
+
+def _check_attention(
+    planner: Planner, fqn: str, block: nn.Module, edits: dict[str, Edit], kept: dict[str, str]
+) -> None:
+    edit = edits.get(fqn)
+    if edit is None or not issubclass(edit.mixin, SpreadAttention):
+        raise _cannot(fqn, f"its attention is left to upstream ({kept.get(fqn)})")
+    attention = block.get_submodule(fqn.rsplit(".", 1)[1])
+    for name in edit.mixin.per_head:
+        norm = getattr(attention, name, None)
+        if isinstance(norm, nn.Module) and not planner.once(_head_by_head, norm, _head_dim(attention)):
+            raise _cannot(f"{fqn}.{name}", "it gives something else for a part of the heads or tokens")
+
+
+def _put_around(planner: Planner, fqn: str, mixin: Any, what: str) -> None:
+    for i, edit in enumerate(planner.edits):
+        if edit.fqn == fqn:
+            said = f"{edit.what}; {what}"
+            planner.edits[i] = dataclasses.replace(edit, around=(mixin, *edit.around), what=said)
+            return
+    planner.edits.append(Edit(fqn, mixin, what))
+
+
+def _cannot(fqn: str, why: str) -> ValueError:
+    return ValueError(f"sp_size: the tokens of {fqn} can't be spread over processes: {why}; leave sp_size at 1")
+
+
+def _width(block: nn.Module) -> int:
+    return next(m.in_features for m in block.modules() if isinstance(m, nn.Linear))
+
+
+def _head_dim(attention: Any) -> int:
+    return int(attention.qkv.weight.shape[0]) // (3 * int(attention.num_heads))
+
+
+def _token_by_token(module: nn.Module, width: int) -> bool:
+    return separable(module, torch.Size((2, 6, width)), dims=(1,))
+
+
+def _head_by_head(module: nn.Module, head_dim: int) -> bool:
+    return separable(module, torch.Size((2, 6, 4, head_dim)), dims=(1, 2))
