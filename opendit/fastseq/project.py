@@ -112,7 +112,7 @@ def _backward(
     dq: list[Tensor], X: Tensor, weights: list[Tensor], dweights: list[Tensor], line: Line, local: int, need_dx: bool
 ) -> Tensor | None:
     B, L, D = X.shape
-    rows = [g.reshape(B * L, -1) for g in dq]
+    rows = [g.flatten(0, 1) for g in dq]
     for g, dw in zip(rows, dweights, strict=True):
         dw.copy_(g.t() @ X.reshape(B * L, D))
     if not need_dx:
@@ -165,7 +165,7 @@ def _backward_overlapped(
     for step in range(n):
         r = (me - 1 - step) % n
         here = real(length, local, r)
-        rows = [g[:, r * local : r * local + here].reshape(B * here, -1) for g in dq]
+        rows = [g[:, r * local : r * local + here].flatten(0, 1) for g in dq]
         arriving, works = ops.start_shift(total, line) if total is not None else (None, [])
         part = None
         if need_dx:

@@ -55,18 +55,18 @@ def _work(module: str, rank: int, world: int, folder: str) -> None:
         except Exception as error:
             found[name] = RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         # After a failure on some ranks only, collectives no longer pair up: stop here, and say so.
+        torch.save(found, f"{folder}/{rank}.pt")
         failed = torch.tensor([isinstance(found[name], Exception)], dtype=torch.float64)
         dist.all_reduce(failed)
         if 0 < failed.item() < world:
             break
-    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def of_every_rank(module: str, world: int, case: str) -> list[Outcome]:
+def of_every_rank(module: str, world: int, case: str, limit: float = 240.0) -> list[Outcome]:
     """What `case` returned on each rank; raises where it raised, or was not reached."""
     values = []
-    for rank, found in enumerate(outcomes(module, world)):
+    for rank, found in enumerate(outcomes(module, world, limit)):
         assert case in found, f"rank {rank} stopped before {case}, after {list(found)[-1]}"
         if isinstance(found[case], Exception):
             raise AssertionError(f"rank {rank}: {found[case]}")

@@ -1,0 +1,27 @@
+"""Heads 1 to 17, tokens 1 to 65: right, whatever divides what."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fastseq import every_shape, fuzzing
+from tests.fastseq.launch import of_every_rank
+
+EACH = [(world, case) for world in (2, 4) for case in fuzzing.cases(world)]
+
+
+def _right(module: str, world: int, case: str, times: int, limit: float = 240.0) -> None:
+    for compared, worst, where in of_every_rank(module, world, case, limit):
+        assert compared == len(fuzzing.HEADS) * times * 2
+        assert worst <= 1e-10, where
+
+
+@pytest.mark.parametrize(("world", "case"), EACH)
+def test_shapes_drawn(world: int, case: str):
+    _right("tests.fastseq.fuzzing", world, case, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "case"), EACH)
+def test_every_shape(world: int, case: str):
+    _right(every_shape.__name__, world, case, len(fuzzing.TOKENS), 3600.0)
