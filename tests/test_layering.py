@@ -15,7 +15,14 @@ PACKAGE = ROOT / "opendit"
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
     "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry"},
-    "opendit.api": {"opendit.config", "opendit.fastseq", "opendit.optim", "opendit.plan", "opendit.patch.core", "opendit.patch.graphs"},
+    "opendit.api": {
+        "opendit.config",
+        "opendit.fastseq",
+        "opendit.optim",
+        "opendit.plan",
+        "opendit.patch.core",
+        "opendit.patch.graphs",
+    },
     "opendit.plan": {"opendit.attention", "opendit.config", "opendit.fastseq", "opendit.kernels", "opendit.patch"},
     "opendit.optim": {"opendit.config"},
     "opendit.config": set(),

@@ -1,6 +1,6 @@
 """Which method, and what it is expected to cost: bytes, speeds, and the time that a layer waits for others.
 
-    forward + backward of a layer ≈ arithmetic / GEMM speed · imbalance + calls · latency + bytes received / link speed
+    a layer waits ≈ extra operations / GEMM speed + calls · latency + bytes received / link speed
 
 An estimate to rank methods by and to be open about: nothing is taken as hidden behind arithmetic. On GPUs the speeds
 are measured once per process group, by everyone together, and the slowest counts; elsewhere they are assumed.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from opendit.fastseq.mesh import groups
-from opendit.fastseq.method import Method, Shape, methods
+from opendit.fastseq.method import Method, Shape, attention_operations, methods
 from opendit.fastseq.sequence import Sequence
 
 _TOKENS = 4096  # where a model does not say how many it is built for
@@ -63,22 +63,14 @@ def choose(
 
 
 def arithmetic(shape: Shape) -> float:
-    """Floating point operations of one block, forward and backward, per sample: linears 24·L·D², attention 4·L²·D."""
-    L, D = shape.tokens, shape.width
-    return 3 * 24 * L * D**2 + 3.5 * 4 * L**2 * D
+    """Floating point operations of one block, forward and backward, per sample; its linears have 24·L·D² forward."""
+    return 3 * 24 * shape.tokens * shape.width**2 + attention_operations(shape)
 
 
 def waiting(method: Method, shape: Shape, size: int, speeds: Speeds) -> float:
     """Seconds of one block's forward and backward beyond its even share of the arithmetic, per sample."""
-    forward, backward = method.received(shape, size)
-    idle = (method.imbalance(size, shape.heads) - 1) * _spread_unevenly(shape) / size / speeds.gemm
-    return idle + 2 * method.calls(size, shape.heads) * speeds.latency + (forward + backward) / speeds.link
-
-
-def _spread_unevenly(shape: Shape) -> float:
-    """The operations that follow heads, not tokens: attention and the projection before it."""
-    L, D = shape.tokens, shape.width
-    return 3 * 6 * L * D**2 + 3.5 * 4 * L**2 * D
+    calls, received = sum(method.calls(size, shape.heads)), sum(method.received(shape, size))
+    return method.extra(shape, size) / speeds.gemm + calls * speeds.latency + received / speeds.link
 
 
 def _reasons(
@@ -91,20 +83,21 @@ def _reasons(
     speeds: Speeds,
     tokens: int | None,
 ) -> tuple[str, ...]:
-    place = groups(size)
+    place = groups(size, ring)
     forward, backward = method.received(shape, size)
     share = arithmetic(shape) / size / speeds.gemm
-    rows = f", {size // ring} exchange heads × {ring} in a ring" if ring > 1 else ""
+    rows = f" ({size // ring} exchange heads × {ring} in a ring)" if 1 < ring < size else ""
     others = ", ".join(f"{n} {t * 1e3:.3g} ms" for n, t in sorted(times.items(), key=lambda item: item[1]))
     built = "" if tokens else " (assumed: the model does not say)"
     slower = times[method.name] / share
     return (
-        f"{method.name} ({'chosen by auto' if asked == 'auto' else 'asked for'}), sp {size}{rows}, dp {place.dp_size}",
+        f"{method.name} ({'chosen by auto' if asked == 'auto' else 'asked for'}), sp {size}{rows}, dp {place.dp_size}; "
+        f"ranks that share a sequence: {place.dp_rank * size} to {place.dp_rank * size + size - 1}, and so on",
         f"for {shape.tokens} tokens{built} of {shape.width}, {shape.heads} heads, {shape.itemsize} bytes a number: "
         f"received per layer and sample {forward / 2**20:.3g} MiB forward, {backward / 2**20:.3g} MiB backward",
         f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call, GEMM {speeds.gemm / 1e12:.3g} "
         f"TFLOP/s ({speeds.origin}); waiting per layer, forward and backward, nothing hidden: {others}",
-        f"slower than dp by about {100 * slower:.2g} % where there are samples enough: sp {size} with a batch of "
+        f"slower than dp by about {slower:.0%} where there are samples enough: sp {size} with a batch of "
         f"{size} needs the memory of dp with 1 each, and dp waits for nobody inside a layer. Use sp where one "
         "sequence does not fit a device, or there are fewer samples than devices",
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opendit.fastseq.collectives import to_tokens
-from opendit.fastseq.method import SelfAttention, Shape
+from opendit.fastseq.method import SelfAttention, Shape, uneven_heads
 from opendit.fastseq.project import Rows, gather_project
 from opendit.fastseq.sequence import Sequence
 from opendit.fastseq.shards import heads_of
@@ -34,11 +34,11 @@ class FastSeq:
     def layout(self, size: int, heads: int) -> int:
         return 1
 
-    def imbalance(self, size: int, heads: int) -> float:
-        return heads_of(heads, size)[0] * size / heads
+    def extra(self, shape: Shape, size: int) -> float:
+        return uneven_heads(shape, size)
 
-    def calls(self, size: int, heads: int) -> int:
-        return 2
+    def calls(self, size: int, heads: int) -> tuple[int, int]:
+        return 2, 2
 
     def received(self, shape: Shape, size: int) -> tuple[float, float]:
         once = shape.tokens / size * shape.width * (size - 1) * (1 + 1 / size) * shape.itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -66,6 +65,18 @@ class Shape(NamedTuple):
     itemsize: int
 
 
+def attention_operations(shape: Shape) -> float:
+    """Of one layer's attention, forward (4·L²·D) and backward (2.5 times that), per sample."""
+    return 3.5 * 4 * shape.tokens**2 * shape.width
+
+
+def uneven_heads(shape: Shape, size: int) -> float:
+    """`Method.extra` where processes compute whole heads: attention and the projection before it follow them."""
+    most = -(-shape.heads // size)
+    follows = 3 * 6 * shape.tokens * shape.width**2 + attention_operations(shape)
+    return follows * (most / shape.heads - 1 / size)
+
+
 class Method(Protocol):
     """One way to compute attention over a sequence of which each process has a part."""
 
@@ -74,11 +85,11 @@ class Method(Protocol):
     def layout(self, size: int, heads: int) -> int:
         """The ring size to use for `size` processes."""
 
-    def imbalance(self, size: int, heads: int) -> float:
-        """How much longer the busiest process computes attention than if it were spread evenly; 1: it is."""
+    def extra(self, shape: Shape, size: int) -> float:
+        """Operations that the busiest process spends on a layer beyond an even share; both passes, per sample."""
 
-    def calls(self, size: int, heads: int) -> int:
-        """How many collectives one layer's forward waits for, one after the other."""
+    def calls(self, size: int, heads: int) -> tuple[int, int]:
+        """How many collectives one layer's forward and its backward wait for, one after the other."""
 
     def received(self, shape: Shape, size: int) -> tuple[float, float]:
         """Bytes that each process receives in one layer's forward and in its backward, per sample."""
@@ -87,13 +98,15 @@ class Method(Protocol):
         """[B, l, D] → [B, l, H·K], padding tokens' rows holding anything finite."""
 
 
-@functools.cache
+_found: dict[str, Method] = {}
+
+
 def methods() -> dict[str, Method]:
     """Every method by name: what the files of this package end in as ``METHOD``."""
-    package = importlib.import_module("opendit.fastseq")
-    found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        method: Method | None = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "METHOD", None)
-        if method is not None:
-            found[method.name] = method
-    return found
+    if not _found:  # not functools.cache, through which torch.compile would trace to the imports
+        package = importlib.import_module("opendit.fastseq")
+        for info in pkgutil.iter_modules(package.__path__):
+            method: Method | None = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "METHOD", None)
+            if method is not None:
+                _found[method.name] = method
+    return _found

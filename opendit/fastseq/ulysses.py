@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from opendit.fastseq.collectives import to_heads, to_tokens
-from opendit.fastseq.method import SelfAttention, Shape
+from opendit.fastseq.method import SelfAttention, Shape, uneven_heads
 from opendit.fastseq.sequence import Sequence
-from opendit.fastseq.shards import heads_of, total_length
+from opendit.fastseq.shards import total_length
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Ulysses:
     def layout(self, size: int, heads: int) -> int:
         return 1
 
-    def imbalance(self, size: int, heads: int) -> float:
-        return heads_of(heads, size)[0] * size / heads
+    def extra(self, shape: Shape, size: int) -> float:
+        return uneven_heads(shape, size)
 
-    def calls(self, size: int, heads: int) -> int:
-        return 2
+    def calls(self, size: int, heads: int) -> tuple[int, int]:
+        return 2, 2
 
     def received(self, shape: Shape, size: int) -> tuple[float, float]:
         once = 4 * shape.tokens / size * shape.width * (size - 1) / size * shape.itemsize

@@ -28,17 +28,21 @@ class Usp:
         row = max(u for u in range(1, size + 1) if size % u == 0 and heads % u == 0)
         return size // row
 
-    def imbalance(self, size: int, heads: int) -> float:
-        return 1.0
+    def extra(self, shape: Shape, size: int) -> float:
+        return _BETWEEN_ROWS.extra(shape, size) if self.layout(size, shape.heads) > 1 else 0.0
 
-    def calls(self, size: int, heads: int) -> int:
+    def calls(self, size: int, heads: int) -> tuple[int, int]:
         ring = self.layout(size, heads)
-        return ring - 1 + (2 if ring < size else 0)
+        exchanges = 2 if ring < size else 0
+        forward, backward = _BETWEEN_ROWS.calls(ring, heads) if ring > 1 else (0, 0)
+        return exchanges + forward, exchanges + backward
 
     def received(self, shape: Shape, size: int) -> tuple[float, float]:
         ring = self.layout(size, shape.heads)
         row = size // ring
         exchanged = 4 * shape.tokens / size * shape.width * (row - 1) / row * shape.itemsize
+        if ring == 1:
+            return exchanged, exchanged
         # The ring sees rows as its processes, each with its share of the heads.
         forward, backward = _BETWEEN_ROWS.received(shape._replace(width=shape.width // row), ring)
         return exchanged + forward, exchanged + backward

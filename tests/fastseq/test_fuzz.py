@@ -18,7 +18,7 @@ def _right(module: str, world: int, case: str, times: int, limit: float = 240.0)
 
 @pytest.mark.parametrize(("world", "case"), EACH)
 def test_shapes_drawn(world: int, case: str):
-    _right("tests.fastseq.fuzzing", world, case, 5)
+    _right("tests.fastseq.fuzzing", world, case, fuzzing.draws(world))
 
 
 @pytest.mark.slow

@@ -1,0 +1,224 @@
+"""Cases for `test_behaviour`: what a spread model does besides computing the right gradients."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import opendit
+from opendit.patch.core import notes
+from tests.comparing import build, run, twin, worst
+from tests.fastseq import parity
+from tests.fastseq.whole_models import spread
+from tests.tiny_models import TINY
+
+NAMES = ("dit", "diffusers")
+tiny_of = {t.name: t for t in TINY if t.name in NAMES}
+
+
+def cases(world: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for method in ("fastseq", "ring"):  # the collectives of the others are among theirs
+        found[f"compiled/{method}"] = functools.partial(compiled, method, world)
+    for name in NAMES:
+        found[f"inference/{name}"] = functools.partial(inference, name, world)
+        found[f"copies/{name}"] = functools.partial(copies, name, world)
+        found[f"full checkpointing/{name}"] = functools.partial(full_checkpointing, name, world)
+    for method in ("fastseq", "ulysses"):
+        found[f"calls/{method}"] = functools.partial(calls, method, world)
+        found[f"ddp/{method}"] = functools.partial(ddp, method, world)
+    found["compiled blocks"] = functools.partial(compiled_blocks, world)
+    found["autocast"] = functools.partial(autocast, world)
+    found["explain"] = functools.partial(explained, world)
+    found["lengths in flight"] = functools.partial(lengths_in_flight, world)
+    found["refusals"] = functools.partial(refusals, world)
+    return found
+
+
+def _averaged(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for name, value in found.items():
+        if name not in ("output", "input"):
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+    return found
+
+
+def _error(model: nn.Module, plain: nn.Module, name: str, **options: Any) -> float:
+    """Worst relative error over the output, the input's gradient and all parameters'; inputs alike on all ranks."""
+    tiny = tiny_of[name]
+    found = {key.removeprefix("_orig_mod."): value for key, value in run(model, tiny, **options).items()}
+    return worst(_averaged(found), run(plain, tiny, **options))[0]
+
+
+def compiled(method: str, world: int) -> float:
+    plain = build(tiny_of["dit"], torch.float64)
+    model = torch.compile(spread(twin(plain), method, world), fullgraph=True, backend="aot_eager")
+    return _error(model, plain, "dit")
+
+
+def compiled_blocks(world: int) -> float:
+    plain = build(tiny_of["dit"], torch.float64)
+    model = twin(plain)
+    opendit.accelerate(model, {"compile": True, "kernels": "reference"}, sp_size=world)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    return _error(model, plain, "dit")
+
+
+def inference(name: str, world: int) -> float:
+    plain = build(tiny_of[name], torch.float64).eval()
+    model = spread(twin(plain), "fastseq", world)
+    args, kwargs = tiny_of[name].inputs(torch.float64, torch.device("cpu"))
+    with torch.inference_mode():
+        expected, found = (tiny_of[name].output(m(*args, **kwargs)) for m in (plain, model))
+    return ((expected - found).abs().max() / expected.abs().max()).item()
+
+
+def copies(name: str, world: int) -> list[float]:
+    """Errors of a deep copy, of an unpickled one, and of the model once restored."""
+    plain = build(tiny_of[name])
+    for module in plain.modules():
+        module._forward_pre_hooks.clear()  # local functions, which don't pickle
+    model = spread(twin(plain), "ulysses", world)
+    classes = [type(m) for m in plain.modules()]
+    there = [_error(m, plain, name) for m in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
+    opendit.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert opendit.data_parallel_size(model) == world
+    before = run(plain, tiny_of[name])
+    assert all(torch.equal(value, before[key]) for key, value in run(model, tiny_of[name]).items())
+    return there
+
+
+def full_checkpointing(name: str, world: int) -> float:
+    plain = build(tiny_of[name], torch.float64)
+    config = {"activation_checkpointing": "full", "kernels": "reference"}
+    return _error(opendit.accelerate(twin(plain), config, sp_size=world), plain, name)
+
+
+def autocast(world: int) -> float:
+    """Of bf16 autocast: our error over that of the plain model, both against fp64."""
+    ratio = []
+    for name in NAMES:
+        plain = build(tiny_of[name])
+        truth = run(twin(plain).double(), tiny_of[name])
+        theirs = worst(run(plain, tiny_of[name], autocast=torch.bfloat16), truth)[0]
+        ours = worst(
+            _averaged(run(spread(twin(plain), "fastseq", world), tiny_of[name], autocast=torch.bfloat16)), truth
+        )
+        ratio.append(ours[0] / theirs)
+    return max(ratio)
+
+
+_COLLECTIVES = (
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "all_reduce",
+    "batch_isend_irecv",
+)
+
+
+def calls(method: str, world: int) -> dict[str, list[str]]:
+    """The collectives of a forward and of a backward of the two-block model, in order."""
+    model = spread(build(tiny_of["dit"], torch.float64), method, world)
+    run(model, tiny_of["dit"])
+    for _ in range(opendit.fastseq.inputs.STEPS):
+        run(model, tiny_of["dit"])  # the comparison of inputs is over
+    seen: list[str] = []
+    originals = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
+    for name, original in originals.items():
+        setattr(dist, name, functools.partial(_counted, seen, name, original))
+    try:
+        args, kwargs = tiny_of["dit"].inputs(torch.float64, torch.device("cpu"))
+        out = model(*args, **kwargs)
+        forward = list(seen)
+        out.sum().backward()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return {"forward": forward, "backward": seen[len(forward) :]}
+
+
+def _counted(seen: list[str], name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+    seen.append("gather" if "gather" in name else "reduce-scatter" if "reduce_scatter" in name else name)
+    return original(*args, **kwargs)
+
+
+def ddp(method: str, world: int) -> tuple[float, float, str]:
+    """The mean that DDP takes over the world, with two groups where there are four processes."""
+    plain = build(tiny_of["dit"], torch.float64)
+    model = spread(twin(plain), method, 2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    found = parity.together(wrapped, tiny_of["dit"], 1, averaged=True)
+    return parity.errors(found, parity.alone(plain, tiny_of["dit"], world // 2, 1))
+
+
+def explained(world: int) -> str:
+    model = opendit.accelerate(build(tiny_of["dit"]), sp_size=world)
+    text = io.StringIO()
+    opendit.explain(model, file=text)
+    return text.getvalue()
+
+
+def lengths_in_flight(world: int) -> float:
+    """Two lengths that would have one number of local tokens, checkpointed, forwards before backwards."""
+    from torch.utils.checkpoint import checkpoint
+
+    from opendit.fastseq import Sequence, methods
+    from opendit.fastseq.collectives import gather_tokens, split_tokens
+    from tests.fastseq.fuzzing import Layer, attend
+
+    layer = Layer(4, packed=True)
+    sequence = Sequence("fastseq", world)
+    xs = [torch.randn(1, n, 5, dtype=torch.float64, requires_grad=True) for n in (4 * world - 1, 4 * world)]
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return methods()["fastseq"].attention(x, layer.description(), sequence)
+
+    outs = [gather_tokens(checkpoint(block, split_tokens(x, world), use_reentrant=False), world) for x in xs]
+    found = [torch.autograd.grad((out**2).sum(), x)[0] for out, x in zip(reversed(outs), reversed(xs), strict=True)]
+    worst_error = 0.0
+    for grad, x in zip(reversed(found), xs, strict=True):
+        expected = torch.autograd.grad((attend(*layer.project(x)) ** 2).sum(), x)[0]
+        worst_error = max(worst_error, ((grad - expected).norm() / expected.norm()).item())
+    return worst_error
+
+
+def refusals(world: int) -> dict[str, str]:
+    """What is said to requests that can't be right."""
+    said: dict[str, str] = {}
+
+    def tried(what: str, call: Any) -> None:
+        try:
+            call()
+            said[what] = "nothing was raised"
+        except ValueError as error:
+            said[what] = str(error)
+
+    tiny = tiny_of["dit"]
+    tried("divisor", lambda: opendit.accelerate(build(tiny), sp_size=world + 1))
+    tried("block", lambda: opendit.accelerate(build(tiny), {"fusion": "block"}, sp_size=world))
+    mixing = build(tiny)
+    for block in mixing.blocks:
+        block.mlp.register_module("mixer", nn.Conv1d(48, 48, 3))
+        block.mlp.forward = lambda x: x - x.mean(1, keepdim=True)
+    tried("mlp", lambda: opendit.accelerate(mixing, sp_size=world))
+    model = spread(build(tiny, torch.float64), "fastseq", world)
+    tried("part", lambda: model.blocks[1](torch.randn(1, 977, 48).double(), torch.randn(1, 48).double()))
+    model.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)
+    args, kwargs = tiny.inputs(torch.float64, torch.device("cpu"))
+    tried("hook", lambda: model(*args, **kwargs))
+    model.blocks[0].attn.attn_drop.p = 0.5
+    tried("dropout", lambda: model.train()(*args, **kwargs))
+    assert all("upstream's own" not in note for _, note in notes(model))
+    return said

@@ -1,0 +1,74 @@
+"""A spread model compiled, copied, restored, wrapped, checkpointed, explained, and refused where it can't be right."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fastseq import behaving
+from tests.fastseq.launch import of_every_rank
+
+RIGHT = [name for name in behaving.cases(2) if name.split("/")[0] in ("compiled", "inference", "full checkpointing")]
+
+
+def found(case: str, world: int = 2):
+    return of_every_rank("tests.fastseq.behaving", world, case)
+
+
+@pytest.mark.parametrize("case", [*RIGHT, "compiled blocks", "lengths in flight"])
+def test_right(case: str):
+    assert max(found(case)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", behaving.NAMES)
+def test_copies_are_spread_and_restore_is_exact(name: str):
+    for errors in found(f"copies/{name}"):
+        assert max(errors) <= 1e-5  # in fp32
+
+
+@pytest.mark.parametrize("method", ["fastseq", "ulysses"])
+def test_ddp_over_the_world_needs_no_scaling(method: str):
+    for loss, gradient, name in found(f"ddp/{method}"):
+        assert loss <= 1e-10
+        assert gradient <= 1e-8, name
+
+
+def test_bf16_autocast_is_about_as_exact_as_the_models_own():
+    assert max(found("autocast")) <= 1.5
+
+
+LAYER = {
+    "fastseq": (["gather", "all_to_all_single"], ["all_to_all_single", "reduce-scatter"]),
+    "ulysses": (["all_to_all_single"] * 2, ["all_to_all_single"] * 2),
+}
+
+
+@pytest.mark.parametrize("method", LAYER)
+def test_two_collectives_a_layer_each_way_and_one_for_the_model(method: str):
+    forward, backward = LAYER[method]
+    for calls in found(f"calls/{method}"):
+        assert calls["forward"] == [*forward * 2, "gather"]
+        assert calls["backward"] == [*backward * 2, "gather"]
+
+
+def test_explain_shows_method_degree_groups_and_numbers():
+    for text in found("explain"):
+        for said in ("chosen by auto", "sp 2, dp 1", "ranks that share", "received per layer", "GB/s", "assumed", "dp"):
+            assert said in text
+        for method in ("fastseq", "ulysses", "ring", "usp"):
+            assert f"{method} " in text
+
+
+SAID = {
+    "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
+    "block": "fusion: got 'block' with sp_size > 1",
+    "mlp": "sp_size: the tokens of blocks.0.mlp can't be spread over processes",
+    "part": "sp_size=2: a layer was given 977 tokens",
+    "hook": "use 'ulysses', 'ring' or 'usp'",
+    "dropout": "dropout active in attention",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_refused_by_name(what: str):
+    for said in found("refusals"):
+        assert SAID[what] in said[what]
