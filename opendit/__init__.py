@@ -7,6 +7,7 @@ model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
 from opendit.api import Boosted, accelerate, data_parallel_rank, data_parallel_size, explain, restore, seed
 from opendit.config import BoosterConfig
 from opendit.patch.registry import register_family
+from opendit.verify import verify
 
 __all__ = [
     "Boosted",
@@ -18,5 +19,6 @@ __all__ = [
     "register_family",
     "restore",
     "seed",
+    "verify",
 ]
 __version__ = "0.1.0"

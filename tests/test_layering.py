@@ -14,7 +14,19 @@ PACKAGE = ROOT / "opendit"
 
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
-    "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry"},
+    "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry", "opendit.verify"},
+    "opendit.__main__": {"opendit"},
+    "opendit.verify": {
+        "opendit",
+        "opendit.api",
+        "opendit.config",
+        "opendit.errors",
+        "opendit.everyone",
+        "opendit.fastseq",
+        "opendit.measuring",
+        "opendit.patch.core",
+    },
+    "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
     "opendit.api": {
         "opendit.config",
         "opendit.fastseq",

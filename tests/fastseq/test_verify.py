@@ -1,0 +1,107 @@
+"""`opendit.verify`: certifies what is right, refuses what is not, on four processes and on one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import opendit
+from tests.fastseq import verifying
+from tests.fastseq.launch import of_every_rank
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def found(case: str):
+    return of_every_rank("tests.fastseq.verifying", 4, case)
+
+
+@pytest.mark.parametrize("case", verifying.HONEST)
+def test_certifies_what_is_right(case: str):
+    for certified, said in found(case):
+        assert certified, said
+
+
+@pytest.mark.parametrize("case", verifying.WRONG)
+def test_catches(case: str):
+    for certified, said in found(case):
+        assert not certified, said
+
+
+def test_the_ratio_rule_compares_rounding():
+    rows = [line.split() for line in found("sp 4, bf16")[0][1].splitlines() if "bfloat16" in line]
+    assert len(rows) == 2
+    assert all(0.2 < float(row[3]) != 1.0 for row in rows)
+
+
+def test_says_who_is_wrong():
+    assert "blocks." in found("q and k mixed up")[0][1]
+    assert "such as" in found("stale ema")[0][1]
+
+
+def test_one_process_and_the_certificate(tmp_path, capsys):
+    path = tmp_path / "certificate.json"
+    arguments = verifying.arguments()
+    before = {name: p.clone() for name, p in arguments["model"].named_parameters()}
+    report = opendit.verify(**arguments, booster_cfg="train", certificate=path)
+    assert report, str(report)
+    assert "certified" in capsys.readouterr().out
+    certificate = json.loads(path.read_text())
+    assert certificate["certified"] is True
+    assert certificate["plan"]["family"] == "dit"
+    assert {row["what"] for row in certificate["rows"]} == {"output", "loss", "gradients", "parameters"}
+    assert certificate["hashes"]
+    assert certificate["versions"]["torch"] == torch.__version__
+    assert all(torch.equal(p, before[name]) for name, p in arguments["model"].named_parameters())
+
+
+def test_adaln_zero_is_not_compared_as_zero():
+    arguments = verifying.arguments()
+    model: nn.Module = arguments["model"]
+    for block in model.blocks:
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(block.adaLN_modulation[1].bias)
+    report = opendit.verify(**arguments, quiet=True)
+    gradients = next(row for row in report.rows if row.what == "gradients")
+    assert report
+    assert gradients.compared == sum(p.requires_grad for p in model.parameters())
+
+
+def test_refuses_to_certify_nothing():
+    arguments = verifying.arguments()
+    report = opendit.verify(**arguments, quiet=True, loss=lambda model, *args: (model(*args) * 0).sum())
+    assert not report
+    assert "no gradient was compared" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"batch": ()}, TypeError),
+        ({"batch": (torch.zeros(3, 4, 6, 6), torch.zeros(2), torch.zeros(2))}, ValueError),
+        ({"optimizer": 3}, TypeError),
+        ({"loss": lambda model, *args: 1.0}, TypeError),
+        ({"booster_cfg": {"optimizer": torch.optim.SGD}}, ValueError),
+    ],
+    ids=["nothing", "sizes", "optimizer", "loss", "config"],
+)
+def test_bad_arguments(wrong, error):
+    with pytest.raises(error, match=next(iter(wrong))):
+        opendit.verify(**{**verifying.arguments(), "quiet": True, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("tests.fastseq.verifying:arguments", 0), ("tests.fastseq.verifying:nowhere", 2)],
+)
+def test_command_line(target: str, status: int, tmp_path):
+    command = [sys.executable, "-m", "opendit", "verify", target, "--certificate", str(tmp_path / "c.json")]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == status, out.stderr
+    assert ("certified" in out.stdout) == (status == 0)

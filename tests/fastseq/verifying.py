@@ -1,0 +1,82 @@
+"""Cases for `test_verify` on four processes: honest layouts, and mistakes that `verify` must catch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import opendit
+from tests.fastseq import going_wrong
+from tests.tiny_models import TINY, UserDiT
+
+_TINY = {t.name: t for t in TINY}
+
+
+def diffusion_loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """As training scripts have it: noise and timesteps drawn inside."""
+    noise = torch.randn(x.shape, dtype=x.dtype)
+    t = torch.randint(0, 1000, t.shape)
+    return F.mse_loss(model(x + noise, t, y)[:, :4], noise)
+
+
+def arguments() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 4, 6, 6, generator=generator)
+    return {"model": UserDiT(), "batch": (x, torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3]))}
+
+
+def ema(average: nn.Module, model: nn.Module) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+            mine.lerp_(theirs, 0.1)
+
+
+def verdict(**options: Any) -> tuple[bool, str]:
+    torch.manual_seed(0)
+    report = opendit.verify(**{**arguments(), "sp_size": 2, "quiet": True, "loss": diffusion_loss, **options})
+    assert report.certificate["certified"] is bool(report)
+    return bool(report), str(report)
+
+
+def _alike(model: nn.Module, *args: Any) -> torch.Tensor:
+    """The usual mistake: a seed that knows no rank."""
+    torch.manual_seed(0)
+    return diffusion_loss(model, *args)
+
+
+def _by_rank(model: nn.Module, *args: Any) -> torch.Tensor:
+    """The other one: a seed that knows every rank."""
+    torch.manual_seed(dist.get_rank())
+    return diffusion_loss(model, *args)
+
+
+def _planted(name: str) -> tuple[bool, str]:
+    method, mistake = going_wrong.MUTANTS[name]
+    with mistake():
+        return verdict(booster_cfg={"sequence_parallel": method})
+
+
+ADAM = functools.partial(torch.optim.AdamW, lr=1e-3)
+HONEST: dict[str, Callable[[], tuple[bool, str]]] = {
+    "dp 2 × sp 2, ema, AdamW": lambda: verdict(ema=ema, optimizer=ADAM),
+    "sp 4, bf16": lambda: verdict(sp_size=4, autocast=torch.bfloat16, booster_cfg={"sequence_parallel": "usp"}),
+    "dp 4": lambda: verdict(sp_size=1),
+}
+WRONG: dict[str, Callable[[], tuple[bool, str]]] = {
+    "gradient scale": lambda: _planted("gather's scale dropped"),
+    "gather over another group": lambda: _planted("another group"),
+    "q and k mixed up": lambda: _planted("q and k mixed up, ulysses"),
+    "noise differs in a group": lambda: verdict(loss=_by_rank),
+    "noise alike across groups": lambda: verdict(loss=_alike),
+    "stale ema": lambda: verdict(ema=lambda average, model: None),
+}
+
+
+def cases(world: int) -> dict[str, Any]:
+    return {**HONEST, **WRONG}
