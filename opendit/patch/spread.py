@@ -24,8 +24,9 @@ from opendit.patch.parts import Sublayer, plain_linear
 
 _PAIR = Pair(blockwise.forward, blockwise.backward)
 
-# How often a model's inputs were compared so far. Outside the modules, as everything that mixins remember.
-_checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# How often a model's inputs were compared so far, in training steps and otherwise: only training steps are sure to be
+# taken by all groups alike, and are compared among all. Outside the modules, as everything that mixins remember.
+_compared: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
 
 
 class SplitTokens(Patched):
@@ -44,10 +45,11 @@ class SplitTokens(Patched):
 
     def _compare_inputs(self, tensors: list[Tensor]) -> None:
         module = cast(nn.Module, self)
-        times = _checked.get(module, 0)
-        if times < inputs.STEPS:
-            _checked[module] = times + 1
-            said = inputs.compare(tensors, self._opendit_sequence.size, training=module.training)
+        training = module.training and torch.is_grad_enabled()
+        times = _compared.setdefault(module, {})
+        if times.get(training, 0) < inputs.STEPS:
+            times[training] = times.get(training, 0) + 1
+            said = inputs.compare(tensors, self._opendit_sequence.size, training=training)
             if said is not None:
                 self._note(said)
 

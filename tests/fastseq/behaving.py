@@ -34,6 +34,7 @@ def cases(world: int) -> dict[str, Any]:
     for method in ("fastseq", "ulysses"):
         found[f"calls/{method}"] = functools.partial(calls, method, world)
         found[f"ddp/{method}"] = functools.partial(ddp, method, world)
+        found[f"fully_shard/{method}"] = functools.partial(sharded, method, world)
     found["compiled blocks"] = functools.partial(compiled_blocks, world)
     found["autocast"] = functools.partial(autocast, world)
     found["explain"] = functools.partial(explained, world)
@@ -161,6 +162,21 @@ def ddp(method: str, world: int) -> tuple[float, float, str]:
     wrapped = nn.parallel.DistributedDataParallel(model)
     found = parity.together(wrapped, tiny_of["dit"], 1, averaged=True)
     return parity.errors(found, parity.alone(plain, tiny_of["dit"], world // 2, 1))
+
+
+def sharded(method: str, world: int) -> float:
+    """FSDP2 over the world on top: gradients are averaged and scattered by it."""
+    from torch.distributed.fsdp import fully_shard
+
+    plain = build(tiny_of["dit"], torch.float64)
+    model = spread(twin(plain), method, 2)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    found = run(model, tiny_of["dit"])
+    whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    found = {"output": found["output"], "input": found["input"], **whole}
+    return worst(found, run(plain, tiny_of["dit"]))[0]
 
 
 def explained(world: int) -> str:

@@ -17,7 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import opendit
+from opendit.fastseq import methods
+from opendit.fastseq.mesh import groups
 from opendit.patch.core import Choices, plan_of
+from opendit.patch.spread import SpreadAttention
 from tests import tiny_models
 from tests.comparing import Results, worst
 from tests.tiny_models import Tiny
@@ -65,15 +68,27 @@ def errors(found: tuple[float, Results], expected: tuple[float, Results]) -> tup
     return abs(found[0] - expected[0]) / abs(expected[0]), error, name
 
 
-def overlapped(model: nn.Module) -> nn.Module:
-    """The model with FastSeq overlapped whatever the size: its plan applied again with that choice."""
+def with_method(model: nn.Module, method: str) -> nn.Module:
+    """A spread model with another method, or with "fastseq-overlapped" whatever the size: its plan, applied again."""
     plan = plan_of(model)
     assert plan is not None
-    sequence = dataclasses.replace(plan.choices.sequence, overlap=True)
+    name, size = method.removesuffix("-overlapped"), plan.choices.sequence.size
+    heads = next(m.num_heads if hasattr(m, "num_heads") else m.heads for m in model.modules() if is_attention(m))
+    sequence = dataclasses.replace(
+        plan.choices.sequence,
+        method=name,
+        ring=methods()[name].layout(size, heads),
+        overlap=method.endswith("-overlapped"),
+    )
+    groups(size, sequence.ring)
     opendit.restore(model)
     choices: Choices = dataclasses.replace(plan.choices, sequence=sequence)
     opendit.patch.core.apply(model, dataclasses.replace(plan, choices=choices))
     return model
+
+
+def is_attention(module: nn.Module) -> bool:
+    return isinstance(module, SpreadAttention)
 
 
 @contextlib.contextmanager

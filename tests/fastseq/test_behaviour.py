@@ -7,7 +7,8 @@ import pytest
 from tests.fastseq import behaving
 from tests.fastseq.launch import of_every_rank
 
-RIGHT = [name for name in behaving.cases(2) if name.split("/")[0] in ("compiled", "inference", "full checkpointing")]
+BESIDE = ("compiled", "inference", "full checkpointing", "fully_shard")
+RIGHT = [name for name in behaving.cases(2) if name.split("/")[0] in BESIDE]
 
 
 def found(case: str, world: int = 2):

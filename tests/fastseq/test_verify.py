@@ -96,6 +96,17 @@ def test_bad_arguments(wrong, error):
         opendit.verify(**{**verifying.arguments(), "quiet": True, **wrong})
 
 
+def test_command_line_under_torchrun(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "opendit", "verify", "tests.fastseq.verifying:arguments", "--sp-size=2"]
+    config = ["--config", '{"sequence_parallel": "fastseq"}', "--certificate", str(tmp_path / "c.json")]
+    out = subprocess.run([*command, *config], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("certified") == 1  # one process speaks
+    plan = json.loads((tmp_path / "c.json").read_text())["plan"]
+    assert (plan["sp_size"], plan["dp_size"], plan["method"]) == (2, 1, "fastseq")
+
+
 @pytest.mark.parametrize(
     ("target", "status"),
     [("tests.fastseq.verifying:arguments", 0), ("tests.fastseq.verifying:nowhere", 2)],
