@@ -4,8 +4,9 @@ model = opendit.accelerate(model)
 model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
 """
 
-from opendit.api import Boosted, accelerate, data_parallel_rank, data_parallel_size, explain, restore, seed
+from opendit.api import Boosted, accelerate, explain, restore
 from opendit.config import BoosterConfig
+from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
 from opendit.verify import verify
 

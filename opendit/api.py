@@ -89,11 +89,7 @@ def accelerate(
 
     from opendit.plan import plan_for  # brings the kernels in; import opendit itself stays light
 
-    if sp_size > 1:
-        from opendit.fastseq import mesh
-
-        mesh.ensure_world(next((p.device for p in target.parameters()), torch.device("cpu")))
-        mesh.check_size(sp_size)
+    _ensure_processes(target, sp_size)
     plan = plan_for(target, cfg, sp_size)
     before = dict(target.named_parameters())
     core.apply(target, plan)
@@ -118,20 +114,24 @@ class Boosted(NamedTuple):
     optimizer: Optimizer
 
 
-def explain(model: nn.Module, booster_cfg: Any = None, *, file: TextIO | None = None) -> Plan:
+def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file: TextIO | None = None) -> Plan:
     """Prints what was changed in `model`, by what, and what was not, and why; returns the plan.
 
-    For a model that is not accelerated, it is what `accelerate(model, booster_cfg)` would do.
+    For a model that is not accelerated, it is what `accelerate(model, booster_cfg, sp_size=sp_size)` would do; with
+    `sp_size` > 1 every process makes this call then.
     """
     from opendit.plan import describe, plan_for
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module")
-    target = _unwrap(model)
+    target = unwrap(model)
     applied = core.plan_of(target)
-    if applied is not None and booster_cfg is not None:
-        raise ValueError("booster_cfg: the model is already accelerated; explain(model) shows its plan")
-    plan = applied or plan_for(target, BoosterConfig.of(booster_cfg))
+    if applied is not None and (booster_cfg is not None or sp_size != 1):
+        name = "booster_cfg" if booster_cfg is not None else "sp_size"
+        raise ValueError(f"{name}: the model is already accelerated; explain(model) shows its plan")
+    _check_sp_size(sp_size)
+    _ensure_processes(target, sp_size)
+    plan = applied or plan_for(target, BoosterConfig.of(booster_cfg), sp_size)
     print(describe(plan, target, applied=applied is not None), file=file or sys.stdout)
     return plan
 
@@ -143,7 +143,7 @@ def restore(model: ModelT) -> ModelT:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
-    target = _unwrap(model)
+    target = unwrap(model)
     if core.plan_of(target) is None and not any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(f"model: {type(target).__name__} is not accelerated; there is nothing to restore")
     core.unapply(target)
@@ -151,54 +151,6 @@ def restore(model: ModelT) -> ModelT:
 
     graphs.release(list(target.parameters()))
     return model
-
-
-def data_parallel_rank(model: nn.Module) -> int:
-    """Which share of every batch this process trains on, from 0; processes that share a sequence give the same.
-
-    It is the `rank` for a `DistributedSampler`, with `data_parallel_size(model)` as `num_replicas`. Without sequence
-    parallelism it is the process's rank, and 0 without processes.
-    """
-    return _data_parallel(model)[0]
-
-
-def data_parallel_size(model: nn.Module) -> int:
-    """Into how many shares a batch is divided: the number of processes over `sp_size`."""
-    return _data_parallel(model)[1]
-
-
-def seed(seed: int, model: nn.Module) -> int:
-    """Seeds torch (GPUs too), Python's `random`, and numpy where it is loaded; returns the seed that was used.
-
-    Processes that share a sequence get one seed, so that noise, timesteps and label drops are equal there; others get
-    others: seed · data_parallel_size + data_parallel_rank, as facebookresearch/DiT does with ranks. Call it after
-    `accelerate`, before anything random is drawn.
-
-    Raises `TypeError` where `seed` is no int, `ValueError` where it is negative.
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: got {seed!r}; allowed: an int of at least 0")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}; allowed: an int of at least 0")
-    from opendit.fastseq.seed import set_everywhere
-
-    rank, size = _data_parallel(model)
-    return set_everywhere(seed * size + rank)
-
-
-def _data_parallel(model: nn.Module) -> tuple[int, int]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; allowed: the torch.nn.Module given to accelerate")
-    plan = core.plan_of(_unwrap(model))
-    sequence = plan.choices.sequence if plan is not None else None
-    if sequence is not None:
-        from opendit.fastseq import mesh
-
-        place = mesh.groups(sequence.size)
-        return place.dp_rank, place.dp_size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _one_optimizer(given: Any, cfg: BoosterConfig[Any]) -> Optimizer | OptimizerFactory | None:
@@ -216,11 +168,20 @@ def _check_sp_size(sp_size: object) -> None:
         raise ValueError(f"sp_size: got {sp_size}; allowed: 1 or more, a divisor of the number of processes")
 
 
+def _ensure_processes(model: nn.Module, sp_size: int) -> None:
+    """With `sp_size` > 1: a process group, whose processes it divides."""
+    if sp_size > 1:
+        from opendit.fastseq import mesh
+
+        mesh.ensure_world(next((p.device for p in model.parameters()), torch.device("cpu")))
+        mesh.check_size(sp_size)
+
+
 def _target(model: object) -> nn.Module:
     """The model proper, inside its wrappers, if it can be accelerated."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module that is not scripted")
-    target = _unwrap(model)
+    target = unwrap(model)
     if core.plan_of(target) is not None or any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(
             f"model: {type(target).__name__} is already accelerated; call opendit.restore(model) first to change how"
@@ -233,7 +194,8 @@ def _target(model: object) -> nn.Module:
     return target
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and torch.compile."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if isinstance(model, wrappers):

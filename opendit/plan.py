@@ -18,7 +18,7 @@ from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.registry import Family, resolve
-from opendit.patch.spreading import attention_shape, plan_spread
+from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
 
 
 def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
@@ -73,8 +73,15 @@ def _spread(
     heads, width = attention_shape(model, family)
     assert family.spread is not None
     tokens = family.spread.tokens(model)
+    excluded: dict[str, str] = {}
+    if not plain_projections(planner, model, family):
+        excluded["fastseq"] = "it computes q, k, v from rows of the weights, but linears here are not torch's own"
+    if cfg.attention != "auto":
+        excluded["ring"] = excluded["usp"] = (
+            f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
+        )
     sequence = fastseq_choice.choose(
-        cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model)
+        cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model), excluded
     )
     return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
 

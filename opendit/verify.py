@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opendit import api, everyone, measuring
+from opendit import api, everyone, measuring, parallel
 from opendit.config import BoosterConfig
 from opendit.errors import relative_errors, where_it_moves
 from opendit.measuring import Run, Task
@@ -126,7 +126,7 @@ def verify(
     plain = measuring.reference_copy(model, seed)
     candidate = measuring.fresh_copy(plain, torch.float64)
     api.accelerate(candidate, cfg, sp_size=sp_size)
-    share, shares = api.data_parallel_rank(candidate), api.data_parallel_size(candidate)
+    share, shares = parallel.data_parallel_rank(candidate), parallel.data_parallel_size(candidate)
     task.check(shares)
 
     expected = measuring.alone(measuring.tolerant(plain), task, shares)

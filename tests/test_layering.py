@@ -14,7 +14,8 @@ PACKAGE = ROOT / "opendit"
 
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
-    "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry", "opendit.verify"},
+    "opendit": {"opendit.api", "opendit.config", "opendit.parallel", "opendit.patch.registry", "opendit.verify"},
+    "opendit.parallel": {"opendit.api", "opendit.fastseq", "opendit.patch.core"},
     "opendit.__main__": {"opendit"},
     "opendit.verify": {
         "opendit",
@@ -24,6 +25,7 @@ MAY_IMPORT = {
         "opendit.everyone",
         "opendit.fastseq",
         "opendit.measuring",
+        "opendit.parallel",
         "opendit.patch.core",
     },
     "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},

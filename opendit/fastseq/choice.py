@@ -9,6 +9,7 @@ are measured once per process group, by everyone together, and the slowest count
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,18 +43,25 @@ def choose(
     sp_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    excluded: Mapping[str, str],
 ) -> Sequence:
     """The sequence parallelism that `name` ("auto" or a method) stands for, with its reasons; every process calls it.
 
     Args:
         tokens: L that the model is built for; None where it does not say.
         device, dtype: of the parameters.
+        excluded: methods that are wrong here, and why.
+
+    Raises `ValueError` where an excluded method was asked for by name.
     """
+    if name in excluded:
+        allowed = ", ".join(repr(n) for n in ("auto", *methods()) if n not in excluded)
+        raise ValueError(f"sequence_parallel: got {name!r}, but {excluded[name]}; allowed here: {allowed}")
     groups(sp_size)
     speeds = _speeds(device, sp_size)
     itemsize = 2 if device.type == "cuda" else dtype.itemsize
     shape = Shape(tokens or _TOKENS, width, heads, itemsize)
-    known = methods()
+    known = {n: m for n, m in methods().items() if n not in excluded}
     times = {n: waiting(m, shape, sp_size, speeds) for n, m in known.items()}
     chosen = min(known, key=lambda n: (times[n], n)) if name == "auto" else name
     method = known[chosen]

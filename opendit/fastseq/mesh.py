@@ -67,8 +67,9 @@ def ensure_world(device: torch.device) -> bool:
             "torch.distributed.init_process_group first, or leave sp_size at 1"
         )
     if torch.cuda.is_available():
-        if device.type != "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # NCCL, and objects sent through it, go by the current device.
+        mine = device.type == "cuda" and device.index is not None
+        torch.cuda.set_device(device if mine else int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")

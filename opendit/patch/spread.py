@@ -64,7 +64,8 @@ class GatherTokens(Patched):
 class SpreadAttention(Sublayer):
     """Base of attention mixins that can work on a part of the tokens."""
 
-    # What must hold of the modules that `_normalise` calls, by their names: they see each head alone.
+    # By name: the linears that give q, k, v (one packed, or three), and the modules that `_normalise` calls.
+    projections: ClassVar[tuple[str, ...]]
     per_head: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,13 +75,13 @@ class SpreadAttention(Sublayer):
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
-    def _spread(self, x: Tensor, heads: int, linears: tuple[nn.Module, ...]) -> Tensor:
+    def _spread(self, x: Tensor, heads: int) -> Tensor:
         """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection."""
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
             project=self._project,
-            projection=_projection(x, linears),
+            projection=_projection(x, tuple(getattr(self, name) for name in self.projections)),
             normalise=self._normalise,
             attend=self._attend,
             pair=_PAIR,

@@ -7,12 +7,14 @@ left to upstream is asked, on a small copy: does it give the same for a part of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from opendit.patch.core import Edit
+from opendit.patch.parts import plain_linear
 from opendit.patch.planner import Planner
 from opendit.patch.probe import separable
 from opendit.patch.registry import Family
@@ -49,10 +51,20 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
 
 def attention_shape(model: nn.Module, family: Family) -> tuple[int, int]:
     """(heads, hidden size) of its first block's attention."""
-    assert family.spread is not None
-    block = next(iter(model.get_submodule(family.blocks).children()))
-    attention: Any = block.get_submodule(family.spread.attention)
+    attention = next(_attentions(model, family))
     return int(getattr(attention, "num_heads", None) or attention.heads), _width(attention)
+
+
+def plain_projections(planner: Planner, model: nn.Module, family: Family) -> bool:
+    """Whether the linears of every attention's q, k, v can be taken apart by heads."""
+    names = next(edit.mixin.projections for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
+    return all(plain_linear(*(getattr(a, name) for name in names)) for a in _attentions(model, family))
+
+
+def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
+    assert family.spread is not None
+    for block in model.get_submodule(family.blocks).children():
+        yield block.get_submodule(family.spread.attention)
 
 
 def _check_attention(

@@ -180,10 +180,14 @@ def sharded(method: str, world: int) -> float:
 
 
 def explained(world: int) -> str:
-    model = opendit.accelerate(build(tiny_of["dit"]), sp_size=world)
-    text = io.StringIO()
-    opendit.explain(model, file=text)
-    return text.getvalue()
+    before, after = io.StringIO(), io.StringIO()
+    model = build(tiny_of["dit"])
+    opendit.explain(model, sp_size=world, file=before)
+    opendit.explain(opendit.accelerate(model, sp_size=world), file=after)
+    sequence = [line for line in before.getvalue().splitlines() if line.startswith("  sequence: ")]
+    assert sequence
+    assert all(line in after.getvalue() for line in sequence)
+    return after.getvalue()
 
 
 def lengths_in_flight(world: int) -> float:
@@ -224,6 +228,16 @@ def refusals(world: int) -> dict[str, str]:
     tiny = tiny_of["dit"]
     tried("divisor", lambda: opendit.accelerate(build(tiny), sp_size=world + 1))
     tried("block", lambda: opendit.accelerate(build(tiny), {"fusion": "block"}, sp_size=world))
+    named = {"attention": "sdpa-math", "sequence_parallel": "ring"}
+    tried("attention", lambda: opendit.accelerate(build(tiny), named, sp_size=world))
+    wrapped = build(tiny)
+    for block in wrapped.blocks:
+        block.attn.qkv = type("Adapted", (nn.Linear,), {})(48, 144)
+    tried("adapted", lambda: opendit.accelerate(wrapped, {"sequence_parallel": "fastseq"}, sp_size=world))
+    opendit.accelerate(wrapped, {"attention": "sdpa-math"}, sp_size=world)
+    text = io.StringIO()
+    opendit.explain(wrapped, file=text)
+    assert "ulysses (chosen by auto)" in text.getvalue()
     mixing = build(tiny)
     for block in mixing.blocks:
         block.mlp.register_module("mixer", nn.Conv1d(48, 48, 3))

@@ -62,6 +62,8 @@ def test_explain_shows_method_degree_groups_and_numbers():
 SAID = {
     "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
     "block": "fusion: got 'block' with sp_size > 1",
+    "attention": "sequence_parallel: got 'ring', but blocks of keys",
+    "adapted": "sequence_parallel: got 'fastseq', but it computes q, k, v from rows of the weights",
     "mlp": "sp_size: the tokens of blocks.0.mlp can't be spread over processes",
     "part": "sp_size=2: a layer was given 977 tokens",
     "hook": "use 'ulysses', 'ring' or 'usp'",

@@ -12,7 +12,7 @@ EACH = [(world, case) for world in (2, 4) for case in fuzzing.cases(world)]
 
 def _right(module: str, world: int, case: str, times: int, limit: float = 240.0) -> None:
     for compared, worst, where in of_every_rank(module, world, case, limit):
-        assert compared == len(fuzzing.HEADS) * times * 2
+        assert compared == len(fuzzing.HEADS) * times
         assert worst <= 1e-10, where
 
 

@@ -98,6 +98,7 @@ class DispatchedAttention(SpreadAttention):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 
     uses = ("attention",)
+    projections = ("to_q", "to_k", "to_v")
     heads: int
     processor: object
     to_q: nn.Module
@@ -121,7 +122,7 @@ class DispatchedAttention(SpreadAttention):
             reason = "its input is not [B, L, D]"
         else:
             if self._opendit_sequence is not None:
-                out = self._spread(hidden_states, self.heads, (self.to_q, self.to_k, self.to_v))
+                out = self._spread(hidden_states, self.heads)
             else:
                 out = attend(*self._project(hidden_states), backend=self._opendit_attention).flatten(2)
             return self.to_out[1](self.to_out[0](out)) / self.rescale_output_factor

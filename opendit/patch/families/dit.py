@@ -60,6 +60,7 @@ class DispatchedAttention(SpreadAttention):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
     uses = ("attention",)
+    projections = ("qkv",)
     num_heads: int
     training: bool
     qkv: nn.Linear
@@ -77,7 +78,7 @@ class DispatchedAttention(SpreadAttention):
         if hooked(self.attn_drop):
             return self._upstream("a hook on its attention weights", x)
         if self._opendit_sequence is not None:
-            out = self._spread(x, self.num_heads, (self.qkv,))
+            out = self._spread(x, self.num_heads)
         else:
             q, k, v = self._project(x)
             q, k = self._normalise(q, k)
