@@ -12,6 +12,7 @@ from torch import nn
 from opendit import attention
 from opendit.config import BoosterConfig
 from opendit.fastseq import choice as fastseq_choice
+from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
 from opendit.patch.core import Choices, Plan, notes
@@ -77,9 +78,8 @@ def _spread(
     if not plain_projections(planner, model, family):
         excluded["fastseq"] = "it computes q, k, v from rows of the weights, but linears here are not torch's own"
     if cfg.attention != "auto":
-        excluded["ring"] = excluded["usp"] = (
-            f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
-        )
+        why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
+        excluded |= {name: why for name, method in methods().items() if method.layout(sp_size, heads) > 1}
     sequence = fastseq_choice.choose(
         cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model), excluded
     )
