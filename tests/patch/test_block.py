@@ -21,6 +21,7 @@ from opendit.patch import block as sound
 from opendit.patch.block import KEEP, PARAMETERS, Static
 from tests.kernels.conftest import poisoned_memory  # noqa: F401  (what a backward forgets to write again shows)
 from tests.mutating import Edit, load_mutant
+from tests.patch.plain_kernels import use_plain_kernels
 from tests.patch.test_families import total
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -171,75 +172,9 @@ def check(case: Case, tolerance: float, module: ModuleType = sound, device: torc
 # -- the algebra, in float64 -------------------------------------------------------------------------------------------
 
 
-class Plain:
-    """The kernels' launches in plain torch, in whatever precision comes in."""
-
-    @staticmethod
-    def norm(x, shift, scale, weight, bias, eps, out_dtype):
-        mean, variance = x.mean(-1), x.var(-1, correction=0)
-        rstd = (variance + eps).rsqrt()
-        n = (x - mean[..., None]) * rstd[..., None]
-        return (n * (1 + scale[:, None]) + shift[:, None]).to(out_dtype), mean, rstd
-
-    @staticmethod
-    def norm_backward(
-        dout, x, scale, weight, mean, rstd, sums_dtype, want_dx, want_sums, *, dr=None, shift=None, out=None
-    ):
-        n = (x - mean[..., None]) * rstd[..., None]
-        g = dout * (1 + scale[:, None])
-        dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
-        if out is not None:
-            out.copy_(n * (1 + scale[:, None]) + shift[:, None])
-        sums = torch.stack([dout.sum(1), (dout * n).sum(1)], 1) if want_sums else dx.new_zeros(0)
-        return dx if dr is None else dx + dr, sums
-
-    @staticmethod
-    def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype):
-        residual = x + gate[:, None] * y
-        return residual, *Plain.norm(residual, shift, scale, weight, bias, eps, out_dtype)
-
-    @staticmethod
-    def fused_backward(
-        dr, dm, residual, y, gate, scale, weight, mean, rstd, x_dtype, sums_dtype, want, *, want_sum, shift, modulated
-    ):
-        d, s = Plain.norm_backward(
-            dm, residual, scale, weight, mean, rstd, sums_dtype, True, True, dr=dr, shift=shift, out=modulated
-        )
-        sums = [(d * y).sum(1, keepdim=True)] * want[2] + [s] * want[3] + [d.sum(1, keepdim=True)] * want_sum
-        return d, gate[:, None] * d, torch.cat(sums, 1) if sums else d.new_zeros(len(d), 0, d.shape[2])
-
-    @staticmethod
-    def gate(x, y, gate):
-        return x + gate[:, None] * y
-
-    @staticmethod
-    def gate_backward(dr, y, gate, dy, sums, want_dgate):
-        dy.copy_(gate[:, None] * dr)
-        rows = [(dr * y).sum(1)] * want_dgate + [dr.sum(1)] * (sums.shape[1] - want_dgate)
-        if rows:
-            sums.copy_(torch.stack(rows, 1))
-
-    @staticmethod
-    def gelu(p, tanh):
-        return F.gelu(p, approximate="tanh" if tanh else "none")
-
-    @staticmethod
-    def gelu_backward(dg, p, tanh, dp, h, total):
-        dp.copy_(torch.ops.aten.gelu_backward(dg, p, approximate="tanh" if tanh else "none"))
-        if h is not None:
-            h.copy_(Plain.gelu(p, tanh))
-        if total is not None:
-            total.copy_(dp.sum(0))
-
-    @staticmethod
-    def pack(dq, dk, dv, want_sum=True):
-        packed = torch.stack([dq, dk, dv], 1)
-        return packed, packed.sum(0).flatten() if want_sum else packed.new_zeros(0)
-
-
 @pytest.fixture
 def algebra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes copies of block.py that run in float64: float32 accumulators read as float64, kernels as `Plain`."""
+    """Makes copies of block.py that run in float64: float32 accumulators read as float64, plain kernels."""
     made = []
 
     def load(edits: Iterable[Edit] = ()) -> ModuleType:
@@ -251,13 +186,7 @@ def algebra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert all(count for *_, count in wider)
         made.append(load_mutant(sound, [*edits, *wider], tmp_path, monkeypatch, f"_{len(made)}"))
         module = made[-1]
-        for name in ("norm", "fused", "gelu", "gate"):
-            monkeypatch.setattr(module._Launch, name, staticmethod(getattr(Plain, name)))
-        monkeypatch.setattr(module.norm, "launch_backward", Plain.norm_backward)
-        monkeypatch.setattr(module.fused, "launch_backward", Plain.fused_backward)
-        monkeypatch.setattr(module.gating, "launch_backward_sums", Plain.gate_backward)
-        monkeypatch.setattr(module.activation, "launch_backward_into", Plain.gelu_backward)
-        monkeypatch.setattr(module.packing, "pack_qkv", Plain.pack)
+        use_plain_kernels(monkeypatch, module)
         return module
 
     return load
