@@ -1,6 +1,7 @@
 """What the benchmarks share: what they ran on, how they time, and the record they leave."""
 
 import datetime
+import getpass
 import importlib.metadata
 import itertools
 import json
@@ -10,6 +11,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,6 +169,20 @@ def host_ms(step: Callable[[], Any], repeats: int = 3) -> list[float]:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def empty_caches() -> None:
+    """Has this process compile into new folders, so that it finds nothing that an earlier one compiled."""
+    folder = tempfile.mkdtemp(prefix="compiled_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
+
+
+def caches_are_empty() -> bool:
+    """Whether nothing is there that Inductor or Triton compiled before."""
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    triton = os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")
+    return not any(path.is_dir() and any(path.iterdir()) for path in (Path(inductor), Path(triton)))
 
 
 def copy_bandwidth() -> float:

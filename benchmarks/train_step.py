@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -34,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import host_ms, synchronize, time_steps, write_results
+from benchmarks.common import caches_are_empty, empty_caches, host_ms, synchronize, time_steps, write_results
 from benchmarks.parity import Reference
 from benchmarks.training import LADDER, VARIANTS, Training, Variant, clean_up, make_model
 from examples.models.dit import DIT_MODELS
@@ -51,8 +49,8 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device; --smoke runs a tiny model on the CPU")
     if args.cold:
-        folder = tempfile.mkdtemp(prefix="caches_")
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        empty_caches()
+    cold = caches_are_empty()
 
     names = args.variants + [name for name in LADDER if args.ablate and name not in args.variants]
     reference = None
@@ -73,7 +71,8 @@ def main() -> int:
             compare(rows)
             print(line(row), flush=True)
             if not args.smoke:  # after every row, for the next one may take the process down
-                write(rows, files, args, batch)
+                write(rows, files, args, batch, cold)
+        cold = False
         print_table(rows)
         print(*(f"written to {path}" for path in files.values()), sep="\n")
     return int(failed)
@@ -195,7 +194,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["ratio_to_compile"] = best / row["ms"]
 
 
-def write(rows: list[dict[str, Any]], files: dict[str, Path], args: argparse.Namespace, batch: int) -> None:
+def write(rows: list[dict[str, Any]], files: dict[str, Path], args: argparse.Namespace, batch: int, cold: bool) -> None:
     """The ladder has a file of its own, with what it is compared to."""
     ladder = [r for r in rows if r["variant"] in LADDER]
     whole = [r for r in rows if r["variant"] not in LADDER]
@@ -203,7 +202,7 @@ def write(rows: list[dict[str, Any]], files: dict[str, Path], args: argparse.Nam
         if chosen:
             slug = args.model.lower().replace("/", "-")
             name = f"{theme}_{slug}_{args.image_size}px_b{batch}"
-            facts = {"steps_per_sample": args.steps_per_sample, "cold": args.cold}
+            facts = {"steps_per_sample": args.steps_per_sample, "cold": cold}
             files[theme] = write_results(name, chosen, path=files.get(theme), **facts)
 
 
