@@ -103,9 +103,9 @@ class Training:
         # Compiled code must draw the same label drops as eager code, or losses could not be compared.
         torch._inductor.config.fallback_random = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.tf32
-        self.variant, self.batch, self.module = variant, batch, model
+        self.variant, self.module = variant, model
         self.device = model.pos_embed.device
-        self.shape = (batch, model.in_channels, model.input_size, model.input_size)
+        self.resize(batch)
         self.generator = torch.Generator(self.device)
         self.diffusion = GaussianDiffusion().to(self.device)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -129,6 +129,11 @@ class Training:
             opendit.accelerate(model, variant.booster, optimizer=self.optimizer)
             check_accelerated(model)
         self.forward: Callable[..., Tensor] = torch.compile(model) if variant.compiled else model
+
+    def resize(self, batch: int) -> None:
+        """Steps from now on have `batch` samples."""
+        self.batch = batch
+        self.shape = (batch, self.module.in_channels, self.module.input_size, self.module.input_size)
 
     def loss(self, i: int) -> Tensor:
         self.generator.manual_seed(i)
