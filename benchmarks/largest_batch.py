@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import synchronize, time_steps, write_results
+from benchmarks.common import RESULTS, synchronize, time_steps, write_results
 from benchmarks.training import AUTOCAST, VARIANTS, Training, Variant, clean_up, make_model
 from examples.models.dit import DIT_MODELS
 
@@ -45,6 +45,8 @@ def main() -> int:
         torch.cuda.set_per_process_memory_fraction(limit / total)
     rows, path = [], None
     for name, variant in variants(args.stand_in).items():
+        if args.variants and name not in args.variants:
+            continue
         row: dict[str, Any] = {"variant": name, "model": args.model, "image_size": args.image_size}
         row["limit_gib"] = limit
         try:
@@ -56,7 +58,7 @@ def main() -> int:
         print(line(row), flush=True)
         if not args.smoke:
             slug = args.model.lower().replace("/", "-")
-            path = write_results(f"largest_batch_{slug}_{args.image_size}px", rows, path=path)
+            path = write_results(f"largest_batch_{slug}_{args.image_size}px", rows, args.out, path)
     print(f"written to {path}" if path else "smoke: nothing written")
     return int(any("error" in row for row in rows))
 
@@ -68,8 +70,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit-gib", type=float, help="memory that may be used; default: all")
     parser.add_argument("--stand-in", choices=["compile", "eager"], default="compile", help="what opendit is against")
     parser.add_argument("--step", type=int, default=STEP, help=f"what sizes are multiples of; default {STEP}")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the rows; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU up to batch 24, nothing written")
     args = parser.parse_args()
+    unknown = set(args.variants or ()) - set(variants(args.stand_in))
+    if unknown:
+        parser.error(f"--variants: got {', '.join(unknown)}; there are {', '.join(variants(args.stand_in))}")
     args.most = MOST
     if args.smoke:
         torch.set_num_threads(1)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import opendit
-from benchmarks.common import write_results
+from benchmarks.common import RESULTS, write_results
 from benchmarks.training import check_accelerated
 from examples.diffusion import OBJECTIVES
 from examples.models.dit import DiT
@@ -82,8 +82,13 @@ def main() -> int:
             f"seeds spread by {verdict['spread']:.2e}: {verdict['verdict']}"
         )
     if not args.smoke:
-        facts = {"setting": setting, "verdicts": verdicts, "smoothed_over": args.steps // POINTS, "seconds": seconds}
-        print(f"written to {write_results('loss_curves', rows, **facts)}")
+        facts = {
+            "setting": setting,
+            "verdicts": verdicts,
+            "smoothed_over": max(1, args.steps // POINTS),
+            "seconds": seconds,
+        }
+        print(f"written to {write_results('loss_curves', rows, args.out, **facts)}")
     return int(any("error" in row for row in rows))
 
 
@@ -103,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a few steps on the CPU, nothing written")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import opendit
 import opendit.patch.adaln
 from benchmarks import largest_batch, loss_curves, parity, train_step, training
 from benchmarks.parity import Error, too_far
+from benchmarks.records import load
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="smoke runs are for machines without a GPU")
 
@@ -73,7 +75,7 @@ def test_variants_see_the_same_numbers():
     """Whatever the variant, step i draws the same latents, noise, timesteps, labels and label drops."""
     losses = {}
     for name in ("as published", "eager", "opendit"):
-        torch.manual_seed(hash(name) % 1000)
+        torch.manual_seed(len(name))
         steps = training.Training(
             training.make_model("smoke", 32, torch.device("cpu")), training.VARIANTS[name], batch=16
         )
@@ -105,6 +107,28 @@ def test_the_last_rung_is_the_recipe():
     *_, last = training.LADDER.values()
     assert last.same(training.VARIANTS["opendit"])
     assert not last.same(training.VARIANTS["opendit compiled"])
+
+
+def test_the_files_that_are_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--out", str(tmp_path), "--batch", "256"])
+    args = train_step.parse()
+    assert train_step.parity_batch(args) == 16
+    files, rows = {}, []
+    for name in ("torch.compile", "opendit", "adaln only"):
+        row = {"variant": name, "model": args.model, "image_size": 256, "batch": 256, "ms": 2.0 - len(rows) / 2}
+        rows.append(row | {"images_per_s": 1.0, "booster": train_step.ALL[name].booster})
+        train_step.compare(rows)
+        train_step.write(rows, files, args, 256, True)
+    again: dict = {}
+    train_step.write(rows, again, args, 256, False)
+    assert set(files) == set(again) == {"train_step", "ablation"}
+    assert len(list(tmp_path.glob("*.json"))) == 4  # an older file is never overwritten
+    whole, ladder = (json.loads(files[theme].read_text()) for theme in ("train_step", "ablation"))
+    assert [r["variant"] for r in whole["results"]] == ["torch.compile", "opendit"]
+    assert [r["ratio_to_compile"] for r in ladder["results"]] == pytest.approx([1, 2 / 1.5, 2])
+    assert whole["theme"] == "train_step_dit-xl-2_256px_b256"
+    assert whole["cold"]
+    assert [record.complete for record in load(tmp_path)] == [True] * 4
 
 
 @pytest.mark.parametrize("limit", [8.0, 20.0, 80.0, 139.8])
