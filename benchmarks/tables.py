@@ -38,10 +38,10 @@ def sources(records: Sequence[Record], link: Link) -> str:
     """Where the figures come from."""
     parts = []
     for record in records:
-        commit = str(record.data["commit"])
+        commit = str(record.data["commit"])[:12] + "+changes" * str(record.data["commit"]).endswith("+changes")
         versions = record.data["versions"]
         what = f"{record.gpu}, torch {versions['torch']}, triton {versions.get('triton', NOTHING)}"
-        parts.append(f"[{record.path.stem}]({link(record)}): {what}, commit `{commit[:12]}`, {record.data['date']}")
+        parts.append(f"[{record.path.stem}]({link(record)}): {what}, commit `{commit}`, {record.data['date']}")
     return "\n".join(["", "<sub>" + ";<br>".join(parts) + ".</sub>"]) if parts else ""
 
 

@@ -32,13 +32,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import caches_are_empty, empty_caches, host_ms, synchronize, time_steps, write_results
+from benchmarks.common import RESULTS, caches_are_empty, empty_caches, host_ms, synchronize, time_steps, write_results
 from benchmarks.parity import Reference
 from benchmarks.training import LADDER, VARIANTS, Training, Variant, clean_up, make_model
 from examples.models.dit import DIT_MODELS
 
 ALL = VARIANTS | LADDER
-PARITY_BATCH = 16  # at 256 tokens enough for every kernel and layout that large batches use
+PARITY_TOKENS = 4096  # from here on blocks use the layouts of large batches
 # Losses of bf16 variants scatter by rounding; a wrong kernel is off by far more.
 TOLERANCE = 0.02
 
@@ -55,7 +55,7 @@ def main() -> int:
     names = args.variants + [name for name in LADDER if args.ablate and name not in args.variants]
     reference = None
     if args.parity and any(ALL[name].booster is not None for name in names):
-        reference = Reference(partial(build, args, device, min(PARITY_BATCH, *args.batch)), args.parity)
+        reference = Reference(partial(build, args, device, parity_batch(args)), args.parity)
     failed = False
     verdicts: dict[str, Any] = {}
     for batch in args.batch:
@@ -90,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps-per-sample", type=int, default=3, help="back to back, as training runs")
     parser.add_argument("--parity", type=int, default=20, metavar="N", help="steps compared with fp32; 0: do not")
     parser.add_argument("--cold", action="store_true", help="start with empty compilation caches, for the first step")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, nothing written")
     args = parser.parse_args()
     if args.smoke:
@@ -98,6 +99,12 @@ def parse() -> argparse.Namespace:
         args.loss_steps, args.timed_steps, args.steps_per_sample, args.parity = 2, 2, 1, min(args.parity, 2)
         args.variants = [v for v in args.variants if not ALL[v].compiled]
     return args
+
+
+def parity_batch(args: argparse.Namespace) -> int:
+    patch = 2 if args.smoke else DIT_MODELS[args.model]["patch_size"]
+    tokens = (args.image_size // 8 // patch) ** 2
+    return min(-(-PARITY_TOKENS // tokens), *args.batch)
 
 
 def build(args: argparse.Namespace, device: torch.device, batch: int, variant: Variant) -> Training:
@@ -203,7 +210,7 @@ def write(rows: list[dict[str, Any]], files: dict[str, Path], args: argparse.Nam
             slug = args.model.lower().replace("/", "-")
             name = f"{theme}_{slug}_{args.image_size}px_b{batch}"
             facts = {"steps_per_sample": args.steps_per_sample, "cold": cold}
-            files[theme] = write_results(name, chosen, path=files.get(theme), **facts)
+            files[theme] = write_results(name, chosen, args.out, files.get(theme), **facts)
 
 
 def line(row: dict[str, Any]) -> str:

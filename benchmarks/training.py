@@ -8,12 +8,12 @@ one. Nothing in a step waits for the device.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 import opendit
@@ -100,12 +100,10 @@ class Training:
     """A model with its optimizer and EMA. `step(i)` trains once and returns the loss, still on the device."""
 
     def __init__(self, model: DiT, variant: Variant, batch: int) -> None:
-        # Compiled code must draw the same label drops as eager code, or losses could not be compared.
-        torch._inductor.config.fallback_random = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.tf32
-        self.variant, self.batch, self.module = variant, batch, model
+        self.variant, self.module = variant, model
         self.device = model.pos_embed.device
-        self.shape = (batch, model.in_channels, model.input_size, model.input_size)
+        self.resize(batch)
         self.generator = torch.Generator(self.device)
         self.diffusion = GaussianDiffusion().to(self.device)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -128,7 +126,12 @@ class Training:
         if variant.booster is not None:
             opendit.accelerate(model, variant.booster, optimizer=self.optimizer)
             check_accelerated(model)
-        self.forward: Callable[..., Tensor] = torch.compile(model) if variant.compiled else model
+        self.forward: Callable[..., Tensor] = compiled(model) if variant.compiled else model
+
+    def resize(self, batch: int) -> None:
+        """Steps from now on have `batch` samples."""
+        self.batch = batch
+        self.shape = (batch, self.module.in_channels, self.module.input_size, self.module.input_size)
 
     def loss(self, i: int) -> Tensor:
         self.generator.manual_seed(i)
@@ -178,6 +181,14 @@ class Training:
         return sorted({what for _, what in core.notes(self.module)})
 
 
+def compiled(model: nn.Module) -> Any:
+    import torch._inductor.config  # seconds, which what does not compile can spare
+
+    # Compiled code must draw the same label drops as eager code, or losses could not be compared.
+    torch._inductor.config.fallback_random = True
+    return torch.compile(model)
+
+
 def check_accelerated(model: DiT) -> None:
     """Raises if a block was left as it was, for then something else would be measured."""
     plan = core.plan_of(model)
@@ -188,7 +199,8 @@ def check_accelerated(model: DiT) -> None:
 
 def clean_up() -> None:
     """Gives back what the last variant held; the caller has dropped it."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
