@@ -78,12 +78,17 @@ def _speed_cells(record: Record, row: Row | None) -> list[str]:
     if row is None:
         return [NOTHING] * 3
     if "ms" not in row:
-        return ["out of memory" if row["error"] == "out of memory" else "refused", NOTHING, NOTHING]
+        return [_why_not(row), NOTHING, NOTHING]
     return [
         number(row["images_per_s"]),
         number(ratio(record.rows, row), 2, "×"),
         number(row.get("peak_gib"), 1),
     ]
+
+
+def _why_not(row: Row) -> str:
+    """In a cell's length; the file has the whole reason."""
+    return "out of memory" if row["error"] == "out of memory" else "refused"
 
 
 def configurations(records: Sequence[Record], link: Link) -> str:
@@ -122,7 +127,7 @@ def steps(records: Sequence[Record], link: Link) -> str:
 
 def _step_cells(record: Record, row: Row) -> list[str]:
     if "ms" not in row:
-        return [str(row["error"]).replace("|", "/"), *[NOTHING] * 5]
+        return [_why_not(row), *[NOTHING] * 5]
     return [
         number(row["ms"], 1),
         number(row["images_per_s"]),

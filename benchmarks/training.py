@@ -59,7 +59,6 @@ FP32 = Variant(autocast=False)
 AUTOCAST = Variant()
 BF16_WEIGHTS = Variant(autocast=False, bf16_weights=True)
 
-_BLOCK = {"activation_checkpointing": False, "residual": "inherit"}
 VARIANTS: dict[str, Variant] = {
     "as published": Variant(autocast=False, tf32=True, plain_update=True),
     "eager": AUTOCAST,
@@ -68,15 +67,16 @@ VARIANTS: dict[str, Variant] = {
     "opendit": Variant(booster="train"),
     "opendit compiled": Variant(booster="train", compiled=True),
 }
-# What the recipe is made of, each ingredient on top of those before it.
+# What the recipe is made of, each ingredient on top of those before it; then what may be added to it.
 LADDER: dict[str, Variant] = {
     "adaln only": Variant(booster={"fusion": "adaln"}),
-    "+ whole block": Variant(booster=_BLOCK),
-    "+ bf16 residual": Variant(booster=_BLOCK | {"residual": "bf16"}),
-    "+ selective": Variant(booster={"residual": "bf16", "activation_checkpointing": "selective"}),
-    "+ CUDA graphs": Variant(
-        booster={"residual": "bf16", "activation_checkpointing": "selective", "cuda_graphs": True}
+    "+ whole block": Variant(booster={}),
+    "+ selective": Variant(booster={"activation_checkpointing": "selective"}),
+    "+ CUDA graphs": Variant(booster={"activation_checkpointing": "selective", "cuda_graphs": True}),
+    "+ bf16 residual": Variant(
+        booster={"activation_checkpointing": "selective", "cuda_graphs": True, "residual": "bf16"}
     ),
+    "whole block, bf16 residual": Variant(booster={"residual": "bf16"}),
 }
 
 
