@@ -15,7 +15,7 @@ PACKAGE = ROOT / "opendit"
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
     "opendit": {"opendit.api", "opendit.config", "opendit.patch.registry"},
-    "opendit.api": {"opendit.config", "opendit.optim", "opendit.plan", "opendit.patch.core"},
+    "opendit.api": {"opendit.config", "opendit.optim", "opendit.plan", "opendit.patch.core", "opendit.patch.graphs"},
     "opendit.plan": {"opendit.attention", "opendit.config", "opendit.kernels", "opendit.patch"},
     "opendit.optim": {"opendit.config"},
     "opendit.config": set(),
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "opendit.kernels": set(),
     "opendit.patch": set(),
     "opendit.patch.adaln": {"opendit.attention", "opendit.kernels", "opendit.patch"},
-    "opendit.patch.block": {"opendit.attention", "opendit.kernels"},
+    "opendit.patch.block": {"opendit.attention", "opendit.kernels", "opendit.patch.graphs"},
     "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},

@@ -31,18 +31,20 @@ def norm(x, shift, scale, weight, bias, eps, out_dtype):
 
 
 def norm_backward(
-    dout, x, scale, weight, mean, rstd, sums_dtype, want_dx, want_sums, *_, dr=None, shift=None, out=None
+    dout, x, scale, weight, mean, rstd, sums_dtype, want_dx, want_sums, *_, dr=None, shift=None, out=None, dx=None
 ):
     assert weight is None
     dtype = x.dtype
     dout, x, scale = wide(dout, x, *unmodulated(x, scale))
     n = (x - mean[..., None]) * rstd[..., None]
     g = dout * (1 + scale[:, None])
+    into = dx
     dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
     if out is not None:
         out.copy_(n * (1 + scale[:, None]) + shift[:, None])
     sums = torch.stack([dout.sum(1), (dout * n).sum(1)], 1) if want_sums else dx.new_empty(0)
-    return (dx if dr is None else dx + dr).to(dtype), sums.to(sums_dtype)
+    dx = (dx if dr is None else dx + dr).to(dtype)
+    return dx if into is None else into.copy_(dx), sums.to(sums_dtype)
 
 
 def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype):
@@ -78,9 +80,10 @@ def fused_backward(
     )
 
 
-def gate_residual(x, y, gate):
+def gate_residual(x, y, gate, residual=None):
     wide_x, wide_y, wide_gate = wide(x, y, gate)
-    return (wide_x + wide_gate[:, None] * wide_y).to(torch.promote_types(x.dtype, y.dtype))
+    out = (wide_x + wide_gate[:, None] * wide_y).to(torch.promote_types(x.dtype, y.dtype))
+    return out if residual is None else residual.copy_(out)
 
 
 def gate_backward(dr, y, gate, dy, sums, want_dgate, *_):
@@ -121,3 +124,4 @@ def use_plain_kernels(monkeypatch: pytest.MonkeyPatch, block: ModuleType) -> Non
     monkeypatch.setattr(block.gating, "launch_backward_sums", gate_backward)
     monkeypatch.setattr(block.activation, "launch_backward_into", gelu_backward)
     monkeypatch.setattr(block.packing, "pack_qkv", pack)
+    monkeypatch.setattr(block, "transpose_into", lambda x, out: out.copy_(x.t()))

@@ -343,7 +343,13 @@ MUTANTS: dict[str, tuple[str, str, int, str, str]] = {
     "h_m-not-written-again": ('modulated=None if keep == "all" else h_m', "modulated=None", 1, "selective", "d_w1"),
     "h_a-not-written-again": ('out=None if keep == "all" else h_a', "out=None", 1, "selective", "d_qkv_w"),
     "g-not-written-again": ('None if keep == "all" else g, db1', "None, db1", 1, "selective", "d_w2"),
-    "w2-not-turned": ('to["w2"]).t().contiguous()', 'to["w2"]).contiguous()', 1, "all", "d_w2 is off"),
+    "w2-not-turned": (
+        "transpose_into(turned, ",
+        "(lambda x, out: out.copy_(x.view_as(out)))(turned, ",
+        1,
+        "all",
+        "d_w2 is off",
+    ),
     "w1-turned": ("_product(dp.t(), h_m.view(M, D), ", "_product(h_m.view(M, D).t(), dp, ", 1, "all", "d_w1 is off"),
     "proj-turned": ("_product(dy_a.t(), ", "_product(dy_a.t().flip(0), ", 1, "all", "d_proj_w is off"),
     "q-and-k-swapped": (

@@ -34,9 +34,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     whole = adaln.adaln_block
 
-    def counting(x, c, groups, static):
+    def counting(x, c, groups, static, graphed):
         made.append(static.keep)
-        return whole(x, c, groups, static)
+        return whole(x, c, groups, static, graphed)
 
     monkeypatch.setattr(adaln, "adaln_block", counting)
     return made

@@ -117,9 +117,9 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = block_file.backward
 
-    def counting(dout, x, c, groups, saved, static, wants):
+    def counting(dout, x, c, groups, saved, static, wants, into):
         seen.append(static.attention)
-        return original(dout, x, c, groups, saved, static, wants)
+        return original(dout, x, c, groups, saved, static, wants, into)
 
     monkeypatch.setattr(block_file, "backward", counting)
     return seen
