@@ -20,4 +20,4 @@ format:
 	bash -c 'source tools/venv.sh dev && ruff format . && ruff check --fix .'
 
 bench:
-	bash -c 'source tools/venv.sh dev && python benchmarks/kernels.py && python benchmarks/attention.py && python benchmarks/train_step.py'
+	bash -c 'source tools/venv.sh dev && python benchmarks/all.py'

@@ -1,13 +1,17 @@
 """What the benchmarks share: what they ran on, how they time, and the record they leave."""
 
 import datetime
+import getpass
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,10 +54,13 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checked-out commit, with "+changes" where the measured code differs from it."""
+    """The checked-out commit, with "+changes" where the measured code differs from it.
+
+    Where there are files and no git history, the environment variable BENCHMARK_COMMIT may name it.
+    """
     head = _output(["git", "rev-parse", "--verify", "--quiet", "HEAD"])
     changed = _output(["git", "status", "--porcelain", "--", "opendit", "benchmarks/*.py"])
-    return head + ("+changes" if changed else "") if head else "unknown"
+    return head + ("+changes" if changed else "") if head else os.environ.get("BENCHMARK_COMMIT", "unknown")
 
 
 def _output(command: list[str]) -> str:
@@ -127,6 +134,57 @@ def time_events(call: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> 
     return samples
 
 
+def time_steps(step: Callable[[], Any], samples: int, steps_per_sample: int) -> list[float]:
+    """Milliseconds of a step, ``samples`` means over ``steps_per_sample`` steps each.
+
+    As in training, all steps follow one another without a wait: the host may run ahead of the device, and one step
+    before the first sample lets it.
+    """
+    step()
+    if not torch.cuda.is_available():
+        return [_clock([step] * steps_per_sample) for _ in range(samples)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    events[0].record()
+    for event in events[1:]:
+        for _ in range(steps_per_sample):
+            step()
+        event.record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) / steps_per_sample for a, b in itertools.pairwise(events)]
+
+
+def host_ms(step: Callable[[], Any], repeats: int = 3) -> list[float]:
+    """Milliseconds until ``step`` returns, started on an idle device: what the host needs to launch it.
+
+    A step of more launches than the device's queue holds (about a thousand) includes waiting for the device.
+    """
+    samples = []
+    for _ in range(repeats):
+        synchronize()
+        samples.append(_clock([step]))
+    synchronize()
+    return samples
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def empty_caches() -> None:
+    """Has this process compile into new folders, so that it finds nothing that an earlier one compiled."""
+    folder = tempfile.mkdtemp(prefix="compiled_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
+
+
+def caches_are_empty() -> bool:
+    """Whether nothing is there that Inductor or Triton compiled before."""
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    triton = os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")
+    return not any(path.is_dir() and any(path.iterdir()) for path in (Path(inductor), Path(triton)))
+
+
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a large device-to-device copy: what a kernel can hope for."""
     source = torch.randn(1 << (30 if torch.cuda.is_available() else 20), device=_device()).bfloat16()
@@ -140,8 +198,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def write_results(theme: str, results: Any, folder: Path = RESULTS, **facts: Any) -> Path:
-    """Write ``<theme>_<gpu>_<date>.json``: the results, and all that is needed to judge and repeat them."""
+def write_results(theme: str, results: Any, folder: Path = RESULTS, path: Path | None = None, **facts: Any) -> Path:
+    """Write ``<theme>_<gpu>_<date>.json``: the results, and all that is needed to judge and repeat them.
+
+    path: a file that an earlier call made, to write again. A new file never takes the place of an older one.
+    """
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {
         "theme": theme,
@@ -154,6 +215,9 @@ def write_results(theme: str, results: Any, folder: Path = RESULTS, **facts: Any
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{theme}_{device_name()}_{date}.json"
+    stem, number = f"{theme}_{device_name()}_{date}", 1
+    while path is None:
+        candidate = folder / (f"{stem}.json" if number == 1 else f"{stem}_{number}.json")
+        path, number = None if candidate.exists() else candidate, number + 1
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

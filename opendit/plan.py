@@ -149,6 +149,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
         lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
     if "attention" in used and plan.choices.attention == "auto":
         lines += [f"    so far {choice}" for choice in attention.choices_made()]
+    lines += _choices_in_words(plan.choices)
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
     modules = dict(model.named_modules())
@@ -174,6 +175,28 @@ def _kernel_in_words(name: str, backend: str, device: torch.device) -> str:
         return f"reference (auto: the model is on {device.type}; on a GPU it would be triton)"
     reason = kernel_backend.unavailable("triton", device, name)
     return "triton (auto)" if reason is None else f"reference (auto: {reason})"
+
+
+_FUSION = {
+    "auto": "blocks are one function each where Triton and a low-precision attention kernel run, else fused in parts",
+    "block": "blocks are one function each",
+    "adaln": "blocks are fused in parts; their sublayers run as modules",
+}
+_KEEP = {
+    "selective": "blocks that are one function compute normalised inputs and GELUs again; others keep everything",
+    "full": "blocks keep their input only and compute their forward again",
+}
+
+
+def _choices_in_words(choices: Choices) -> list[str]:
+    rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
+    if choices.residual != "inherit":
+        rows.append(f"  residual stream under autocast: {choices.residual}")
+    if choices.keep != "all":
+        rows.append(f"  activation checkpointing: {choices.keep}: {_KEEP[choices.keep]}")
+    if choices.graphs:
+        rows.append("  CUDA graphs: where launches can be the limit and nobody holds what a replay overwrites")
+    return rows
 
 
 def _attention_in_words(backend: str) -> str:

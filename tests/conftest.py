@@ -13,10 +13,10 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests.interpreting import round_bfloat16_to_nearest
+from tests.interpreting import patch_interpreter
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    round_bfloat16_to_nearest()
+    patch_interpreter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

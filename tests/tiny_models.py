@@ -1,7 +1,8 @@
 """Small models in the shapes that users bring: one builder per family, and the inputs to run it on.
 
 `UserDiT` stands for the classes of facebookresearch/DiT, SiT and fast-DiT, which live in users' own files,
-on top of timm's Attention and Mlp as they were (`timm="old"`) and as they are (`timm="new"`).
+on top of timm's Attention and Mlp as they were (`timm="old"`) and as they are (`timm="new"`). `UserLatte` and
+`UserLatteIMG` stand for those of Vchitect/Latte.
 """
 
 from __future__ import annotations
@@ -213,6 +214,123 @@ class UserDiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
+class LatteAttention(OldAttention):
+    """Latte's own Attention: one of its modes is not attention."""
+
+    def __init__(self, dim: int, num_heads: int, attention_mode: str):
+        super().__init__(dim, num_heads)
+        self.attention_mode = attention_mode
+
+    def forward(self, x):
+        if self.attention_mode == "math":
+            return super().forward(x)
+        assert self.attention_mode == "flash"
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj_drop(self.proj(F.scaled_dot_product_attention(q, k, v).reshape(x.shape)))
+
+
+class LatteTimesteps(Timesteps):
+    def forward(self, t, use_fp16=False):
+        sinusoid = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(sinusoid.half() if use_fp16 else sinusoid)
+
+
+class UserLatte(nn.Module):
+    """Videos [B, F, C, H, W]: blocks alternate between the tokens of a frame and the frames of a token.
+
+    `extras` as upstream: 1 timestep only, 2 a class too, 78 a text embedding too.
+    """
+
+    def __init__(
+        self,
+        size: int = 4,
+        patch: int = 2,
+        channels: int = 4,
+        dim: int = 48,
+        depth: int = 2,
+        heads: int = 4,
+        frames: int = 3,
+        classes: int = 5,
+        extras: int = 2,
+        text: int = 24,
+        attention_mode: str = "math",
+        frequencies: int = 32,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.out_channels = 2 * channels
+        self.extras = extras
+        self.checkpointing = checkpointing
+        self.x_embedder = Patches(size, patch, channels, dim)
+        self.t_embedder = LatteTimesteps(dim, frequencies)
+        if extras == 2:
+            self.y_embedder = Labels(classes, dim, 0.1)
+        if extras == 78:
+            self.text_embedding_projection = nn.Sequential(nn.SiLU(), nn.Linear(text, dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, self.x_embedder.num_patches, dim), requires_grad=False)
+        self.temp_embed = nn.Parameter(torch.randn(1, frames, dim), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, LatteAttention(dim, heads, attention_mode)) for _ in range(depth))
+        self.final_layer = Head(dim, patch, self.out_channels)
+
+    def forward(self, x, t, y=None, text_embedding=None, use_fp16=False):
+        c = self.t_embedder(t, use_fp16=use_fp16)
+        head = c
+        if self.extras == 2:
+            head = c = c + self.y_embedder(y, self.training)
+        elif self.extras == 78:  # which the head is not given
+            c = c + self.text_embedding_projection(text_embedding.flatten(1))
+        frames, tokens = self.temp_embed.shape[1], self.pos_embed.shape[1]
+        spatial, temporal = self.repeat(c, frames), self.repeat(c, tokens)
+        return self.frames(x, spatial, temporal, self.repeat(head, frames), use_fp16)
+
+    def repeat(self, c, times):
+        return c.repeat_interleave(times, dim=0)
+
+    def frames(self, x, spatial, temporal, head, use_fp16=False, images=0):
+        """`images`: how many of the last frames are images of their own, which temporal blocks pass over."""
+        batch = len(x)
+        x = self.x_embedder((x.half() if use_fp16 else x).flatten(0, 1)) + self.pos_embed
+        for i in range(0, len(self.blocks), 2):
+            x = self.block(i, x, spatial)
+            x = x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1)
+            x, apart = x.split([x.shape[1] - images, images], dim=1)
+            x = self.block(i + 1, self.positioned(x, i), temporal)
+            x = torch.cat([x, apart], dim=1).unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1)
+        x = self.final_layer(x, head)
+        p, side = self.x_embedder.patch_size[0], int(x.shape[1] ** 0.5)
+        x = x.reshape(batch, -1, side, side, p, p, self.out_channels)
+        return torch.einsum("bfhwpqc->bfchpwq", x).flatten(5, 6).flatten(3, 4)
+
+    def positioned(self, x, i):
+        return x + self.temp_embed if i == 0 else x
+
+    def block(self, i, x, c):
+        return checkpoint(self.blocks[i], x, c, use_reentrant=False) if self.checkpointing else self.blocks[i](x, c)
+
+    def forward_with_cfg(self, x, t, y=None, cfg_scale=7.0, use_fp16=False, text_embedding=None):
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y=y, use_fp16=use_fp16, text_embedding=text_embedding)
+        guided, rest = out[:, :, :4], out[:, :, 4:]
+        cond, uncond = guided.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=2)
+
+
+class UserLatteIMG(UserLatte):
+    """Images with labels of their own may follow each video's frames: `y_image` is one row per sample."""
+
+    def forward(self, x, t, y=None, use_fp16=False, y_image=None, use_image_num=0):
+        c = self.t_embedder(t, use_fp16=use_fp16)
+        y = self.y_embedder(y, self.training)
+        frames, tokens = self.temp_embed.shape[1], self.pos_embed.shape[1]
+        labels = y[:, None].expand(-1, frames, -1)
+        if y_image is not None:
+            images = torch.cat([self.y_embedder(labels_of_one[None], self.training) for labels_of_one in y_image])
+            labels = torch.cat([labels, images], dim=1)
+        spatial = self.repeat(c, frames + use_image_num) + labels.flatten(0, 1)
+        return self.frames(x, spatial, self.repeat(c + y, tokens), spatial, use_fp16, use_image_num)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A small model of a family, and the arguments it is called with."""
@@ -243,6 +361,23 @@ def _dit_inputs(size: int = 6, batch: int = 3, channels: int = 4, classes: int =
         return (x, t, y), {}
 
     return inputs
+
+
+def _latte_inputs(extras: int, size: int = 4, frames: int = 3, batch: int = 2, text: tuple[int, ...] = (3, 8)):
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(batch, frames, 4, size, size, generator=generator).to(device, dtype)
+        t = torch.tensor([17, 999, 0][:batch], device=device)
+        if extras == 78:
+            return (x, t), {"text_embedding": torch.randn(batch, *text, generator=generator).to(device, dtype)}
+        return (x, t, *([torch.tensor([0, 4, 2][:batch], device=device)] if extras == 2 else [])), {}
+
+    return inputs
+
+
+def _latte_img_inputs(dtype: torch.dtype, device: torch.device, frames: int = 3, images: int = 2):
+    (x, t, y), _ = _latte_inputs(2, frames=frames + images)(dtype, device)
+    return (x, t, y), {"y_image": [torch.arange(images, device=device) + i for i in (1, 3)], "use_image_num": images}
 
 
 def _example_dit() -> nn.Module:
@@ -283,6 +418,10 @@ TINY = [
     Tiny("fast-dit-patch4", "dit", lambda: UserDiT(size=8, patch=4, checkpointing=True), _dit_inputs(8)),
     Tiny("dit-patch8", "dit", lambda: UserDiT(size=24, patch=8, learn_sigma=False), _dit_inputs(24)),
     Tiny("example", "dit", _example_dit, _dit_inputs()),
+    Tiny("latte", "latte", lambda: UserLatte(depth=4), _latte_inputs(2)),
+    Tiny("latte-time-only", "latte", lambda: UserLatte(extras=1, dim=60, heads=3), _latte_inputs(1)),
+    Tiny("latte-text", "latte", lambda: UserLatte(extras=78), _latte_inputs(78)),
+    Tiny("latte-img", "latte", lambda: UserLatteIMG(), _latte_img_inputs),
     Tiny("diffusers", "diffusers_dit", _diffusers_dit, _diffusers_inputs, _sample),
     Tiny(
         "diffusers-affine",

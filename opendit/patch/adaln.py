@@ -55,8 +55,8 @@ class FusedAdaLN(Patched):
     ) -> Tensor:
         """The block; `ada` maps c [B, C] to [B, 6·D]: shift, scale, gate for attn, then for mlp."""
         lower = autocast_dtype(x)
-        if lower is not None and self._opendit_residual != "inherit":
-            x = x.float() if self._opendit_residual == "fp32" else x.to(torch.bfloat16)
+        if lower is not None:
+            x = self._stream(x, lower)
         whole = self._whole(x, lower, c, ada, norm_a, attn, norm_m, mlp)
         if whole is not None:
             return whole
@@ -69,6 +69,16 @@ class FusedAdaLN(Patched):
             out: Tensor = checkpoint(self._in_parts, x, c, norm_a, attn, norm_m, mlp, use_reentrant=False)
             return out
         return self._in_parts(x, c, norm_a, attn, norm_m, mlp)
+
+    def _stream(self, x: Tensor, lower: torch.dtype) -> Tensor:
+        """x in the dtype that was asked for the residual stream under autocast."""
+        if self._opendit_residual == "fp32":
+            return x.float()
+        if self._opendit_residual == "bf16":
+            if lower == torch.bfloat16:
+                return x.to(lower)
+            self._note(f"the residual stream stays {x.dtype}: autocast computes in {lower}, which bf16 is no part of")
+        return x
 
     def _in_parts(
         self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Sublayer, norm_m: nn.LayerNorm, mlp: Sublayer

@@ -188,17 +188,22 @@ class Block:
 _blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def _stream(x: Tensor) -> int | None:
+    """The stream to replay on; None where graphs are out of place."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None  # activation checkpointing or offloading is at work
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
 def block(x: Tensor, c: Tensor, parameters: Sequence[Tensor], key: Any) -> Block | None:
     """The graphs to run this call with, or None where it must run without."""
-    if (
-        not x.is_cuda
-        or torch.cuda.is_current_stream_capturing()
-        # Activation checkpointing or offloading is at work.
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    ):
+    stream = _stream(x)
+    if stream is None:
         return None
     mine: dict[Any, Block] = _blocks.setdefault(parameters[0], {})
-    key = (key, x.shape, x.dtype, c.shape, c.dtype, torch.cuda.current_stream(x.device).cuda_stream)
+    key = (key, x.shape, x.dtype, c.shape, c.dtype, stream)
     if key not in mine and len(mine) == _SHAPES:
         return None
     if key not in mine or not mine[key].at_home(parameters):

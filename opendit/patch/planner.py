@@ -35,16 +35,19 @@ class Planner:
         *,
         bypassed: tuple[nn.Module, ...] = (),
         stand_ins: Mapping[str, nn.Module] | None = None,
+        hint: str = "",
         **options: Any,
     ) -> bool:
         """Plans `mixin` for `module` if it computes the same; otherwise notes the reason.
 
-        `bypassed` are the children whose own forward the mixin does not call.
+        `bypassed` are the children whose own forward the mixin does not call; `hint` is added to the probe's reason.
         """
         key = (mixin, signature(module))
         if key not in self._verdicts:
             self._verdicts[key] = disagreement(module, mixin, inputs, stand_ins=stand_ins, **options)
         reason = self._verdicts[key]
+        if reason is not None and hint:
+            reason = f"{reason}; {hint}"
         if reason is None and any(hooked(child) for child in bypassed):
             reason = "hooks are registered on a part that the fused forward does not call"
         if reason is not None:

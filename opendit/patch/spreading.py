@@ -22,12 +22,15 @@ from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
 
 
 def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
-    """Adds the split and the gather to what is planned. Raises `ValueError`, naming the module, where it can't be."""
+    """Adds the split and the gather to what is planned.
+
+    Raises `ValueError`, naming the module, where they can't be, and `NotImplementedError` for a family without `spread`.
+    """
     spread = family.spread
     if spread is None:
-        raise ValueError(
-            f"sp_size: family {family.name} does not say where its tokens can be split (Family.spread); leave sp_size "
-            "at 1, or register a family that does"
+        raise NotImplementedError(
+            f"sp_size: sequence parallelism is not implemented for family {family.name}, which does not say where its "
+            "tokens can be split (Family.spread); leave sp_size at 1"
         )
     blocks = list(model.get_submodule(family.blocks).named_children())
     if len({id(block) for _, block in blocks}) < len(blocks):

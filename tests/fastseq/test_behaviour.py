@@ -60,6 +60,7 @@ def test_explain_shows_method_degree_groups_and_numbers():
 
 
 SAID = {
+    "family": "sp_size: sequence parallelism is not implemented for family latte",
     "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
     "block": "fusion: got 'block' with sp_size > 1",
     "attention": "sequence_parallel: got 'ring', but blocks of keys",

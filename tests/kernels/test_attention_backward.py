@@ -280,6 +280,7 @@ def test_errs_no_more_than_cudnn(shape: Shape) -> None:
         (their_grad,) = torch.autograd.grad(theirs, leaf, dout)
     out, saved = two_pass.forward(*qkv.unbind(2), "sdpa-cudnn")
     lse = saved[0].reshape(B, H, L)
+    assert lse.is_contiguous()
     assert relative_error(lse, lse_exact) < 1e-5
     dqkv, sums = sound.attention_backward(dout, qkv, out, lse, bias_sums=True)
     other = errors(their_grad, their_grad.sum((0, 1), dtype=F32).flatten(), exact)

@@ -1,7 +1,7 @@
-"""Against the real files of facebookresearch/DiT, SiT and fast-DiT, where a copy of them is at hand.
+"""Against the real files of facebookresearch/DiT, SiT, fast-DiT and Vchitect/Latte, where a copy of them is at hand.
 
-OPENDIT_UPSTREAM names a folder with clones `DiT`, `SiT`, `fast-DiT`; timm must be importable. None of it is part of
-this project, so without them these tests are skipped.
+OPENDIT_UPSTREAM names a folder with clones `DiT`, `SiT`, `fast-DiT`, `Latte`; timm must be importable. None of it is
+part of this project, so without them these tests are skipped, each without its clone.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import opendit
 from opendit.kernels.backend import INTERPRETING
 from tests.comparing import relative_errors, run, twin, worst
 from tests.patch.test_families import total
-from tests.tiny_models import Tiny, _dit_inputs, randomise
+from tests.tiny_models import Tiny, UserLatte, UserLatteIMG, _dit_inputs, _latte_img_inputs, _latte_inputs, randomise
 
 FOLDER = Path(os.environ.get("OPENDIT_UPSTREAM", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="OPENDIT_UPSTREAM names no folder with clones")
@@ -28,9 +30,11 @@ SMALL = {"input_size": 8, "depth": 3, "hidden_size": 96, "num_heads": 4, "num_cl
 
 def load(repository: str, module: str):
     pytest.importorskip("timm")
+    if not (FOLDER / repository).is_dir():
+        pytest.skip(f"{FOLDER} has no clone {repository}")
     sys.path.insert(0, str(FOLDER / repository))
     try:
-        for name in [n for n in sys.modules if n.split(".")[0] in ("models", "diffusion")]:
+        for name in [n for n in sys.modules if n.split(".")[0] in ("models", "diffusion", "latte", "latte_img")]:
             del sys.modules[name]
         return importlib.import_module(module)
     finally:
@@ -38,8 +42,21 @@ def load(repository: str, module: str):
 
 
 def tiny(repository: str, cls: str, **options) -> Tiny:
+    if repository == "Latte":
+        return latte(cls, **options)
     models = load(repository, "models")
     return Tiny(repository, "dit", lambda: getattr(models, cls)(**{**SMALL, **options}), _dit_inputs(8, classes=10))
+
+
+SMALL_LATTE = {"input_size": 4, "depth": 4, "hidden_size": 96, "num_heads": 4, "num_classes": 5, "num_frames": 3}
+
+
+def latte(cls: str, **options) -> Tiny:
+    # Its package imports all models, another one's dependencies too, so its files are imported by themselves.
+    models = load("Latte/models", "latte_img" if cls == "LatteIMG" else "latte")
+    extras = options.get("extras", 2)
+    inputs = _latte_img_inputs if cls == "LatteIMG" else _latte_inputs(extras, text=(77, 768))
+    return Tiny(cls, "latte", lambda: models.Latte(**{**SMALL_LATTE, "extras": 2, **options}), inputs)
 
 
 CASES = [
@@ -48,6 +65,10 @@ CASES = [
     ("DiT", "DiT", {"input_size": 8, "patch_size": 8, "hidden_size": 72, "num_heads": 2, "mlp_ratio": 3.0}),
     ("SiT", "SiT", {}),
     ("fast-DiT", "DiT", {}),
+    ("Latte", "Latte", {}),
+    ("Latte", "Latte", {"extras": 1, "hidden_size": 72, "num_heads": 3, "depth": 2, "learn_sigma": False}),
+    ("Latte", "Latte", {"extras": 78, "patch_size": 1}),
+    ("Latte", "LatteIMG", {}),
 ]
 each_case = pytest.mark.parametrize(("repository", "cls", "options"), CASES)
 
@@ -74,8 +95,9 @@ def test_fp32_kernels(repository, cls, options, device):
     model = build(case, torch.float32, device)
     torch.backends.cudnn.allow_tf32 = False
     plan = opendit.explain(opendit.accelerate(fast := twin(model), {"kernels": "triton"}))
-    assert {f"blocks.{i}" for i in range(3)} | {"final_layer"} <= {edit.fqn for edit in plan.edits}
-    assert {f"blocks.{i}.attn" for i in range(3)} <= {edit.fqn for edit in plan.edits}
+    changed = {edit.fqn for edit in plan.edits}
+    assert {f"blocks.{i}{part}" for i in range(len(model.blocks)) for part in ("", ".attn", ".mlp")} <= changed
+    assert {"final_layer", "t_embedder"} <= changed
     error, name = worst(run(fast, case), run(model, case))
     assert error <= 1e-5, name
 
@@ -103,17 +125,21 @@ def test_upstreams_own_training_losses(device):
     case = tiny("DiT", "DiT")
     plain = build(case, torch.float32, device)
     fast = twin(plain)
+    losses_alike(plain, fast, create_diffusion(timestep_respacing=""), (8, 4, 8, 8), classes=10)
+
+
+def losses_alike(plain: nn.Module, fast: nn.Module, diffusion, shape: tuple[int, ...], classes: int) -> None:
+    device = next(plain.parameters()).device
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0) for m in (plain, fast)]
     fast, optimizers[1] = opendit.accelerate(fast, optimizer=optimizers[1])
     curves = []
     for model, optimizer in zip((plain, fast), optimizers, strict=True):
-        diffusion = create_diffusion(timestep_respacing="")
         torch.manual_seed(0)
         losses = []
         for _ in range(20):
-            x = torch.randn(8, 4, 8, 8, device=device)
-            y = torch.randint(0, 10, (8,), device=device)
-            t = torch.randint(0, diffusion.num_timesteps, (8,), device=device)
+            x = torch.randn(shape, device=device)
+            y = torch.randint(0, classes, shape[:1], device=device)
+            t = torch.randint(0, diffusion.num_timesteps, shape[:1], device=device)
             loss = diffusion.training_losses(model.train(), x, t, {"y": y})["loss"].mean()
             optimizer.zero_grad()
             loss.backward()
@@ -121,3 +147,58 @@ def test_upstreams_own_training_losses(device):
             losses.append(loss.item())
         curves.append(losses)
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+LATTES = [("Latte", extras, UserLatte) for extras in (1, 2, 78)] + [("LatteIMG", 2, UserLatteIMG)]
+
+
+@pytest.mark.parametrize(("cls", "extras", "own"), LATTES)
+def test_our_latte_is_theirs(cls, extras, own):
+    """The tiny models that the other tests stand on compute what upstream's compute, all gradients too."""
+    case = latte(cls, extras=extras)
+    same = replace(case, build=lambda: own(dim=96, depth=4, extras=extras, text=77 * 768, frequencies=256))
+    theirs, ours = (build(c, torch.float64, torch.device("cpu")) for c in (case, same))
+    ours.load_state_dict(theirs.state_dict())
+    error, name = worst(run(ours, case), run(theirs, case))
+    assert error <= 1e-10, name
+
+
+@pytest.mark.parametrize("extras", [1, 2, 78])
+def test_latte_sampling(extras, device):
+    case = latte("Latte", extras=extras)
+    model = build(case, torch.float64, device).eval()
+    args, more = case.inputs(torch.float64, device)
+    expected = model.forward_with_cfg(*args, cfg_scale=3.0, **more)
+    found = opendit.accelerate(model).forward_with_cfg(*args, cfg_scale=3.0, **more)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cls", "mode", "reason"),
+    [
+        ("Latte", "flash", "heads and tokens are mixed"),
+        ("Latte", "xformers", "'xformers' needs GPU kernels"),
+        ("LatteIMG", "xformers", "'xformers' needs GPU kernels"),
+    ],
+)
+def test_lattes_other_modes_are_left_alone(cls, mode, reason):
+    case = latte(cls, attention_mode=mode)
+    model = build(case, torch.float32, torch.device("cpu"))
+    kind = type(model.blocks[0].attn)
+    expected = run(model, case) if mode == "flash" else {}
+    opendit.accelerate(model)
+    left = {kept.fqn: kept.why for kept in opendit.explain(model).kept}
+    assert all(type(block.attn) is kind for block in model.blocks)
+    assert all(reason in left[f"blocks.{i}.attn"] for i in range(4))
+    if expected:
+        error, name = worst(run(model, case), expected)
+        assert error <= 1e-5, name
+
+
+def test_lattes_own_training_losses(device):
+    """Vchitect/Latte's own diffusion and loss, with the accelerate line and without."""
+    create_diffusion = load("Latte", "diffusion").create_diffusion
+    case = latte("Latte")
+    plain = build(case, torch.float32, device)
+    fast = twin(plain)
+    losses_alike(plain, fast, create_diffusion(timestep_respacing=""), (4, 3, 4, 4, 4), classes=5)

@@ -1,0 +1,195 @@
+"""The modules of a Transformer with adaLN-Zero as users' own files have them: DiT's, and those of models made from it.
+
+    block:  x ← x + gate_a · attn(LN(x)·(1 + scale_a) + shift_a)
+            x ← x + gate_m · mlp(LN(x)·(1 + scale_m) + shift_m)      shift, scale, gate [B, D] from c
+    head:   linear(LN(x)·(1 + scale) + shift)
+
+Shapes: x [B, L, D], c [B, D]. B batch, L tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
+from opendit.patch.core import Patched, untouched
+from opendit.patch.mlp import plan_mlp
+from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
+from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
+from opendit.patch.registry import Trait
+
+_BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+_HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
+
+TRAITS = (
+    Trait(
+        "it has x_embedder, t_embedder, blocks and final_layer",
+        lambda m: has(m, "x_embedder", "t_embedder", "blocks", "final_layer"),
+    ),
+    Trait(
+        "blocks is a ModuleList that is not empty",
+        lambda m: isinstance(m.blocks, nn.ModuleList) and len(m.blocks) > 0,
+    ),
+    Trait(
+        "every block has norm1, attn, norm2, mlp and adaLN_modulation",
+        lambda m: all(has(b, *_BLOCK_PARTS) for b in m.blocks),
+    ),
+    Trait(
+        "final_layer has norm_final, linear and adaLN_modulation",
+        lambda m: has(m.final_layer, *_HEAD_PARTS),
+    ),
+)
+
+
+class FusedBlock(FusedAdaLN):
+    """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
+
+    uses = BLOCK_KERNELS
+    norm1: nn.LayerNorm
+    attn: nn.Module
+    norm2: nn.LayerNorm
+    mlp: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        reason = _unusual(values, self.norm1, self.norm2)
+        if values is None or reason is not None:
+            return self._upstream(reason or "other arguments were given", *args, **kwargs)
+        x, c = values
+        return self._block(x, c, self.adaLN_modulation, self.norm1, self.attn, self.norm2, self.mlp)
+
+
+class FusedBlockInFull(FusedBlock):
+    """The same for sublayers that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
+class FusedHead(FusedAdaLN):
+    """The final layer with LayerNorm+modulate in one pass."""
+
+    uses = ("layernorm_modulate",)
+    norm_final: nn.LayerNorm
+    linear: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        reason = _unusual(values, self.norm_final)
+        if values is None or reason is not None:
+            return self._upstream(reason or "other arguments were given", *args, **kwargs)
+        x, c = values
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(self._modulated(x, self.norm_final, shift, scale))
+
+
+class FusedHeadInFull(FusedHead):
+    """The same for a linear that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
+def _unusual(values: tuple[Any, ...] | None, *norms: nn.Module) -> str | None:
+    """Why upstream's forward must run instead of the fused one, this time."""
+    if not untouched(*norms):
+        return "something was put on or in place of its norms"
+    if values is not None and (values[1].dim() != 2 or values[1].shape[0] != values[0].shape[0]):
+        return "the condition is not one row per sample"
+    return None
+
+
+class AnyDtypeTimesteps(Patched):
+    """The timestep embedder; its fp32 sinusoid is cast to the MLP's dtype, so that bf16 weights work."""
+
+    mlp: nn.Sequential
+    frequency_embedding_size: int
+    timestep_embedding: Callable[..., torch.Tensor]
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = self._positional(args, kwargs)
+        if values is None or any(value is not False for value in values[1:]):
+            return self._upstream("other arguments were given", *args, **kwargs)
+        sinusoid = self.timestep_embedding(values[0], self.frequency_embedding_size)
+        first: Any = self.mlp[0]
+        return self.mlp(sinusoid.to(first.weight.dtype))
+
+
+def plan_modules(model: Any, planner: Planner, plan_attention: Callable[[Planner, str, Any], None]) -> None:
+    """Plans every block, the head and the timestep embedder; what is inside `attn` is the family's own affair."""
+    for i, block in enumerate(model.blocks):
+        name = f"blocks.{i}"
+        _plan_block(planner, name, block)
+        plan_attention(planner, f"{name}.attn", block.attn)
+        plan_mlp(planner, f"{name}.mlp", block.mlp)
+    _plan_head(planner, model.final_layer)
+    if planner.edits:
+        _plan_timesteps(planner, model.t_embedder)
+
+
+def _plan_timesteps(planner: Planner, embedder: Any) -> None:
+    if (
+        not has(embedder, "mlp", "frequency_embedding_size", "timestep_embedding")
+        or parameters_of_forward(embedder)[1:] not in ((), ("use_fp16",))
+        or set(own_attributes(embedder)) != {"frequency_embedding_size"}
+    ):
+        return
+    switches = (False,) * (len(parameters_of_forward(embedder)) - 1)
+    planner.offer(
+        "t_embedder",
+        embedder,
+        AnyDtypeTimesteps,
+        "casts its sinusoid to the weights' dtype",
+        lambda dtype: (torch.tensor([0.0, 3.5, 999.0]), *switches),
+        dtype=torch.float32,
+    )
+
+
+def _plan_block(planner: Planner, name: str, block: Any) -> None:
+    width = block.norm1.normalized_shape[0] if plain_layernorm(block.norm1) else 0
+    if set(dict(block.named_children())) != _BLOCK_PARTS:
+        planner.keep(name, f"its parts are not exactly {', '.join(sorted(_BLOCK_PARTS))}")
+    elif not width or not plain_layernorm(block.norm2, width):
+        planner.keep(name, "its norms are not torch's LayerNorm over one same dimension")
+    elif len(parameters_of_forward(block)) != 2:
+        planner.keep(name, f"its forward takes ({', '.join(parameters_of_forward(block))}), not tokens and condition")
+    elif own_attributes(block):
+        planner.keep(name, f"its forward may read what it stores: {', '.join(own_attributes(block))}")
+    else:
+        low = all(planner.once(reads_low_precision, sublayer, width) for sublayer in (block.attn, block.mlp))
+        planner.offer(
+            name,
+            block,
+            FusedBlock if low else FusedBlockInFull,
+            "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
+            [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
+            bypassed=(block.norm1, block.norm2),
+            stand_ins={"attn": StandIn(width), "mlp": StandIn(width)},
+        )
+
+
+def _tokens_and_condition(length: int, width: int) -> Inputs:
+    return lambda dtype: (torch.randn(2, length, width, dtype=dtype), torch.randn(2, width, dtype=dtype))
+
+
+def _plan_head(planner: Planner, head: Any) -> None:
+    parts = set(dict(head.named_children()))
+    if parts != _HEAD_PARTS or not plain_layernorm(head.norm_final) or len(parameters_of_forward(head)) != 2:
+        planner.keep("final_layer", f"it is not {', '.join(sorted(_HEAD_PARTS))} with torch's LayerNorm on (x, c)")
+        return
+    if own_attributes(head):
+        planner.keep("final_layer", f"its forward may read what it stores: {', '.join(own_attributes(head))}")
+        return
+    width = head.norm_final.normalized_shape[0]
+    planner.offer(
+        "final_layer",
+        head,
+        FusedHead if planner.once(reads_low_precision, head.linear, width) else FusedHeadInFull,
+        "LayerNorm+modulate: one pass",
+        [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
+        bypassed=(head.norm_final,),
+    )
