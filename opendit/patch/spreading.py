@@ -24,7 +24,7 @@ from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
 def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
     """Adds the split and the gather to what is planned.
 
-    Raises `ValueError`, naming the module, where they can't be, and `NotImplementedError` for a family without `spread`.
+    Raises `ValueError`, naming the module, where they can't be; `NotImplementedError` for a family without `spread`.
     """
     spread = family.spread
     if spread is None:
