@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import shutil
 import tempfile
 import time
 import traceback
@@ -38,7 +39,9 @@ def outcomes(module: str, world: int, limit: float = 240.0) -> list[dict[str, Ou
     for process in ranks:
         process.kill()
     assert not hanging, f"ranks {hanging} did not end within {limit} s"
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    shutil.rmtree(folder)
+    return found
 
 
 def _work(module: str, rank: int, world: int, folder: str) -> None:
