@@ -122,6 +122,12 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if self.ema is not None:
             raise NotImplementedError(f"ema={self.ema!r}: EMA is not implemented yet; leave ema at None")
+        if self.cuda_graphs and (self.compile or self.fusion == "adaln"):
+            other = "compile=True" if self.compile else "fusion='adaln'"
+            raise ValueError(
+                f"cuda_graphs: got True with {other}; allowed: with blocks that are one function and not compiled. "
+                f"Leave {other} out, or cuda_graphs"
+            )
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             _check_allowed(name, value, allowed)

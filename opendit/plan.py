@@ -195,7 +195,10 @@ def _choices_in_words(choices: Choices) -> list[str]:
     if choices.keep != "all":
         rows.append(f"  activation checkpointing: {choices.keep}: {_KEEP[choices.keep]}")
     if choices.graphs:
-        rows.append("  CUDA graphs: where launches can be the limit and nobody holds what a replay overwrites")
+        rows.append(
+            "  CUDA graphs: on GPUs, in training, of blocks that are one function, where launches can be the limit and "
+            "nobody holds what a replay overwrites; not under torch.compile"
+        )
     return rows
 
 

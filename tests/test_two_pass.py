@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -188,3 +189,14 @@ def test_gpu_choose_backend_is_a_pair_that_runs() -> None:
             tensors = inputs(B=B, Lq=L, Lk=L, H=H, K=K, dtype=BF16, device="cuda", packed=True)
             assert max(errors(backend, *tensors).values()) <= TOLERANCE[BF16]
     assert not two_pass.paired(choose_backend("sdpa", CUDA, torch.float32, (2, 256, 16, 72)), CUDA)
+
+
+def test_pairs_with_wrong_gradients_are_refused(monkeypatch):
+    """As `attend` refuses them; what a block computes itself goes through here instead."""
+    cpu, shape = torch.device("cpu"), (2, 256, 16, 72)
+    anywhere = {name: dataclasses.replace(b, devices=frozenset({"any"})) for name, b in two_pass.BACKENDS.items()}
+    monkeypatch.setattr(two_pass, "BACKENDS", anywhere)
+    assert "64 or 128" in two_pass.refuses("flash-attn-4", cpu, torch.bfloat16, shape, True)
+    assert two_pass.refuses("flash-attn-4", cpu, torch.bfloat16, shape, False) is None
+    assert two_pass.refuses("flash-attn-4", cpu, torch.bfloat16, (2, 256, 16, 64), True) is None
+    assert "65535" in two_pass.refuses("sdpa-cudnn", cpu, torch.bfloat16, (65536, 4, 2, 64), True)

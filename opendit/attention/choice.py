@@ -32,8 +32,6 @@ _MEASURED_CAPABILITY = (9, 0)
 _MEASURED_DTYPE = torch.bfloat16
 _CROSSOVERS = sorted({length for modes in _MEASURED.values() for rows in modes.values() for length, _ in rows})
 
-_CUDNN_MAX_BATCH = 65535
-
 
 class Choice(NamedTuple):
     """The backend "auto" takes, and why."""
@@ -71,7 +69,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: fl
         _crossover(min(q.shape[1], k.shape[1])),
         backward=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         plain=mask is None and not dropout_p,
-        fits_cudnn=not (q.shape[0] > _CUDNN_MAX_BATCH),  # `not` makes a symbolic comparison concrete
+        fits_cudnn=not (q.shape[0] > two_pass.CUDNN_MAX_BATCH),  # `not` makes a symbolic comparison concrete
     )
 
 
@@ -102,7 +100,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, shape
     """
     B, L, _, K = shape
     if backend == "auto":
-        case = Case(device, dtype, K, _crossover(L), torch.is_grad_enabled(), True, not (B > _CUDNN_MAX_BATCH))
+        case = Case(device, dtype, K, _crossover(L), torch.is_grad_enabled(), True, not (B > two_pass.CUDNN_MAX_BATCH))
         backend = choose_and_log(*case)
     if backend == "sdpa":
         like = torch.empty(shape, dtype=dtype, device=device)
@@ -139,7 +137,7 @@ def _choose(case: Case, cudnn: bool, deterministic: bool) -> Choice:
     def problem(name: str) -> str | None:
         if name == "sdpa-cudnn":
             if not case.fits_cudnn:
-                return f"the batch is above {_CUDNN_MAX_BATCH}"
+                return f"the batch is above {two_pass.CUDNN_MAX_BATCH}"
             if not cudnn:
                 return "cuDNN attention is switched off in torch.backends.cuda"
             if deterministic:

@@ -16,12 +16,30 @@ from opendit.attention import packages
 from opendit.attention.backends import BACKENDS
 
 _aten = torch.ops.aten
+CUDNN_MAX_BATCH = 65535
 _PAIRED = {"cuda": ("sdpa-cudnn", "sdpa-flash", "flash-attn-4"), "cpu": ("sdpa-flash",)}
 
 
 def paired(backend: str, device: torch.device) -> bool:
     """Whether the backward does without another forward."""
     return backend in _PAIRED.get(device.type, ())
+
+
+def refuses(
+    backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], gradients: bool
+) -> str | None:
+    """Why the pair must not be used for q, k and v of this shape [B, L, H, K], or None."""
+    B, _, _, K = shape
+    record = BACKENDS[backend]
+    reason = record.limits(device, dtype, K)
+    if reason is None and gradients:
+        fits = record.backward_head_dims(K)
+        reason = None if fits is None else f"{backend} has right gradients at head_dim {fits} only, not at {K}"
+    if reason is None and device.type == "cuda" and K % 8:
+        reason = f"{backend} takes head_dims in steps of 8, not {K}"
+    if reason is None and backend == "sdpa-cudnn" and B > CUDNN_MAX_BATCH:
+        reason = f"the batch is above {CUDNN_MAX_BATCH}"
+    return reason
 
 
 def resolve(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:

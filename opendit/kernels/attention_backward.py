@@ -373,7 +373,7 @@ def attention_backward(
     Args:
         dout, out: [B, L, H, K] in qkv's dtype, which `fits` must accept. qkv: [B, L, 3, H, K]. Strides of B and L may
             be anything; others that are not dense cost a copy.
-        lse: [B, H, L] float32, contiguous: the natural logarithm of the softmax's denominator.
+        lse: [B, H, L] float32: the natural logarithm of the softmax's denominator.
         scale: what q·kᵀ was multiplied by; 1/√K by default.
         bias_sums: whether the sums are wanted; they are of the float32 values, before they are rounded into dqkv.
     """
@@ -383,7 +383,7 @@ def attention_backward(
     sums = qkv.new_empty((3 * H * K if bias_sums else 0,), dtype=torch.float32)
     if qkv.numel() == 0:
         return dqkv, sums.zero_()
-    dout, qkv, out = _packed(dout), _packed(qkv), out.contiguous()
+    dout, qkv, out, lse = _packed(dout), _packed(qkv), out.contiguous(), lse.contiguous()
     HEAD, TAIL = pieces(K)
     launch = launch or tiles(K, qkv.element_size())
     q_blocks, k_blocks = -(-L // launch.queries.queries), -(-L // launch.keys.keys)

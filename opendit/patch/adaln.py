@@ -134,12 +134,20 @@ class FusedAdaLN(Patched):
             return self._not_whole(reason)
         B, L, D = x.shape
         backend = choose_backend(attn_parts.backend, x.device, dtype, (B, L, attn_parts.heads, D // attn_parts.heads))
+        shape = (B, L, attn_parts.heads, D // attn_parts.heads)
+        refusal = two_pass.refuses(backend, x.device, dtype, shape, torch.is_grad_enabled())
+        if refusal is not None:
+            return self._not_whole(f"attention: {refusal}")
         if not two_pass.paired(backend, x.device) and (not forced or torch.compiler.is_compiling()):
             return self._not_whole(f"attention: {backend} has no backward of its own")
         groups: list[list[Tensor]] = []
         for linears in ((last,), attn_parts.qkv, (attn_parts.proj,), (mlp_parts.fc1,), (mlp_parts.fc2,)):
             groups.append([linear.weight for linear in linears])
             groups.append([linear.bias for linear in linears if linear.bias is not None])
+        if lower is None and any(t.dtype != dtype for t in (x, c, *(p for group in groups for p in group))):
+            return self._not_whole("its inputs and parameters are not of one dtype")
+        if len(groups[3]) not in (0, len(groups[2])):
+            return self._not_whole("q, k and v have not all a bias, or none")
         static = Static(
             heads=attn_parts.heads,
             eps_a=norm_a.eps,
@@ -154,6 +162,8 @@ class FusedAdaLN(Patched):
 
     def _why_in_parts(self, x: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm) -> str | None:
         names = (*BLOCK_KERNELS, "gelu")
+        if x.numel() == 0:
+            return "it is empty"
         double = x.dtype == torch.float64 or dtype == torch.float64
         if any(resolve(self._kernel(n), n, x.device, x.shape[-1], double) != "triton" for n in names):
             return "its kernels are not all triton's"

@@ -18,6 +18,7 @@ between two of forty launches there is next to no Python.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,11 @@ def cast_weights(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor
     if targets:
         torch._foreach_copy_(targets, sources)  # one launch for all of them
     return weights
+
+
+def uncast(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor]:
+    """The parameters that the block computes with as they are."""
+    return [group[0] for i, group in enumerate(groups) if group and not _is_cast(i, group, dtype, tokens)]
 
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -411,26 +417,32 @@ class _Block(torch.autograd.Function):
         groups = grouped(flat, static.counts)
         ctx.static, ctx.graphs = static, None
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+            ctx.flat = flat
+            # Autograd sees to it that these are not changed before the backward; of the others there are copies.
+            read = uncast(groups, static.dtype, x.shape[0] * x.shape[1])
             if graphed:
                 ctx.graphs = graphs.block(x, c, flat, static)
-            if ctx.graphs is None:
-                out, saved = forward(x, c, groups, static)
-                ctx.save_for_backward(x, c, *flat, *saved)
-                return out
-            out, (x, c, *saved), ctx.lease = ctx.graphs.run_forward(
-                x, c, lambda x, c, out: forward(x, c, groups, static, out=out)[1]
-            )
-            ctx.replay = ctx.lease.replay
-        ctx.kept = (x, c, *flat, *saved)
-        return out
+            if ctx.graphs is not None:
+                with contextlib.suppress(graphs.CaptureFailed):
+                    out, ctx.kept, ctx.lease = ctx.graphs.run_forward(
+                        x, c, lambda x, c, out: forward(x, c, groups, static, out=out)[1]
+                    )
+                    ctx.replay, ctx.since = ctx.lease.replay, None
+                    ctx.save_for_backward(*read)
+                    return out
+                ctx.graphs = None
+            out, saved = forward(x, c, groups, static)
+            ctx.many = len(read)
+            ctx.save_for_backward(*read, x, c, *saved)
+            return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         static: Static = ctx.static
-        x, c, *rest = ctx.saved_tensors if ctx.graphs is None else ctx.kept
-        many = sum(static.counts)
-        flat, saved = rest[:many], rest[many:]
+        checked = ctx.saved_tensors
+        x, c, *saved = checked[ctx.many :] if ctx.graphs is None else ctx.kept
+        flat = ctx.flat
         needs = ctx.needs_input_grad
         wants = [True, needs[1], *(any(group) for group in grouped(needs[4:], static.counts))]
 
@@ -443,8 +455,9 @@ class _Block(torch.autograd.Function):
             if ctx.graphs is None:
                 grads = compute(dout, {})
             else:
-                grads = ctx.graphs.run_backward(ctx.replay, dout, flat, _likes(x, c, groups, wants), compute)
-                ctx.lease = None
+                likes = _likes(x, c, groups, wants)
+                grads = ctx.graphs.run_backward(ctx.replay, ctx.since, dout, flat, likes, compute)
+                ctx.lease, ctx.since = None, ctx.graphs.device.replays
         return (grads["x"], grads.get("c"), None, None, *_for_parameters(grads, [p.shape for p in flat], static))
 
 

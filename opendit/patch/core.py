@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 logger = logging.getLogger("opendit")
 
@@ -255,9 +256,13 @@ def untouched(*norms: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether someone registered a hook on a module that a fused forward does not call."""
+    """Whether someone registered a hook on a module that a fused forward does not call, or on all modules."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -12,11 +12,16 @@ What a replay may overwrite:
     activations   kept from forward to backward, in the forward graphs' pool. Autograd's node holds a lease meanwhile.
     temporaries   in a pool that graphs share. In the forward graphs' pool they may lie where a graph that was captured
                   *later* has its activations, so a forward is replayed only while no later one has a lease out.
+
+Graphs of different streams share nothing. What another stream still reads of a result (`record_stream`) is not found
+out.
 """
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +36,13 @@ _WARM_UP = 2
 _SHAPES = 2
 
 
+logger = logging.getLogger("opendit")
+
+
+class CaptureFailed(RuntimeError):
+    """No graph could be made; the block is to be run without."""
+
+
 class Lease:
     """Held by autograd's node from forward to backward: while it lives, the forward's activations are needed.
 
@@ -42,13 +54,16 @@ class Lease:
 
 
 class _Device:
-    """What the graphs of one device share: a side stream, a pool for each direction, the leases in order of capture."""
+    """What the graphs of one device and stream share: a side stream, a pool for each direction, the leases in order of
+    capture.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.graphs: dict[str, weakref.WeakSet[Any]] = {"forward": weakref.WeakSet(), "backward": weakref.WeakSet()}
         self.pools: dict[str, Any] = {}
         self.leases: list[weakref.ref[Lease] | None] = []
+        self.replays = 0  # of forwards
 
     def capture(self, direction: str, compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of `compute`, and what that returned, whose memory the graph writes."""
@@ -61,8 +76,12 @@ class _Device:
             graph.capture_begin(pool=self.pools[direction], capture_error_mode="thread_local")
             try:
                 returned = compute()
-            finally:
                 graph.capture_end()
+            except Exception as error:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                logger.warning("CUDA graph not captured, the block runs without: %s", error)
+                raise CaptureFailed from error
         caller.wait_stream(self.stream)
         self.graphs[direction].add(graph)
         return graph, returned
@@ -72,7 +91,7 @@ class _Device:
         return any(lease is not None and lease() is not None for lease in self.leases[order:])
 
 
-_devices: dict[torch.device, _Device] = {}
+_devices: dict[tuple[torch.device, int], _Device] = {}
 
 
 def _owners(tensor: Tensor) -> int:
@@ -111,14 +130,19 @@ class _Backward:
 class Block:
     """The graphs of one block at one shape."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.device = _devices.setdefault(parameters[0].device, _Device(parameters[0].device))
+    def __init__(self, parameters: Sequence[Tensor], stream: int) -> None:
+        device = parameters[0].device
+        if (device, stream) not in _devices:
+            _devices[device, stream] = _Device(device)
+        self.device = _devices[device, stream]
+        self.failed = False
         self.addresses = [p.data_ptr() for p in parameters]
         self.calls = 0
         self.replays = 0
         self.order = -1
         self.forward: _Forward | None = None
         self.backward: dict[Any, _Backward] = {}
+        self.warm: dict[Any, int] = {}
 
     def at_home(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters are where the graphs read them; an engine may move them, before the backward too."""
@@ -127,6 +151,8 @@ class Block:
     def ready(self) -> bool:
         """Whether this call may be a replay, or the capture."""
         self.calls += 1
+        if self.failed:
+            return False
         if self.forward is None:
             return self.calls > _WARM_UP
         return not self.device.later_lease(self.order) and self.forward.results.free()
@@ -139,13 +165,16 @@ class Block:
         compute(x, c, out) writes out and returns the activations.
         """
         if self.forward is None:
+            self.failed = True
             self.forward = _Forward(self.device, x, c, compute)
+            self.failed = False
             self.order = len(self.device.leases)
             self.device.leases.append(None)
         self.forward.x.copy_(x)
         self.forward.c.copy_(c)
         self.forward.graph.replay()
         self.replays += 1
+        self.device.replays += 1
         lease = Lease(self.replays)
         self.device.leases[self.order] = weakref.ref(lease)
         out = self.forward.results.aliases()["out"]
@@ -154,6 +183,7 @@ class Block:
     def run_backward(
         self,
         replay: int,
+        since: int | None,
         dout: Tensor,
         parameters: Sequence[Tensor],
         likes: dict[str, Tensor],
@@ -162,14 +192,15 @@ class Block:
         """compute(dout, memory for its results), from a graph, or as it is where the last results are still in use.
 
         Args:
-            replay: of which forward. likes: the wanted gradients' names, and tensors of their shapes and dtypes.
+            replay: of which forward. since: how many forwards had been replayed when its lease was given up, if it was.
+            likes: the wanted gradients' names, and tensors of their shapes and dtypes.
 
         Raises:
-            RuntimeError: a later forward has taken its place: a second backward through the same forward.
+            RuntimeError: later forwards may have taken its place: a second backward through the same forward.
         """
-        if replay != self.replays:
+        if replay != self.replays or (since is not None and since != self.device.replays):
             raise RuntimeError(
-                "backward a second time through a block whose CUDA graph has run again since: its activations are "
+                "backward a second time through a block after CUDA graphs have run again: its activations may be "
                 "gone. Call all backwards before the next forward, or accelerate with cuda_graphs=False"
             )
         if not self.at_home(parameters):
@@ -177,7 +208,14 @@ class Block:
         key = (tuple(likes), dout.dtype)
         static = self.backward.get(key)
         if static is None:
-            static = self.backward[key] = _Backward(self.device, dout, likes, compute)
+            self.warm[key] = self.warm.get(key, 0) + 1
+            if self.failed or self.warm[key] <= _WARM_UP:
+                return compute(dout, {})
+            try:
+                static = self.backward[key] = _Backward(self.device, dout, likes, compute)
+            except CaptureFailed:
+                self.failed = True
+                return compute(dout, {})
         elif not static.results.free():
             return compute(dout, {})
         static.dout.copy_(dout)
@@ -207,7 +245,7 @@ def block(x: Tensor, c: Tensor, parameters: Sequence[Tensor], key: Any) -> Block
     if key not in mine and len(mine) == _SHAPES:
         return None
     if key not in mine or not mine[key].at_home(parameters):
-        mine[key] = Block(parameters)  # where parameters keep moving, it never gets warm
+        mine[key] = Block(parameters, stream)  # where parameters keep moving, it never gets warm
     return mine[key] if mine[key].ready() else None
 
 

@@ -490,3 +490,74 @@ def test_whole_blocks_keep_less_and_less(plain):
     model = build(DIT)
     kept = [saved_elements(fused(model, activation_checkpointing=asked), DIT) for asked in KEEPS.values()]
     assert kept[0] > kept[1] > kept[2]
+
+
+def test_a_weight_that_lies_in_columns(interpreter):
+    model = build(DIT)
+    for block in model.blocks:
+        for linear in (block.mlp.fc1, block.mlp.fc2, block.attn.qkv, block.attn.proj, block.adaLN_modulation[1]):
+            linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    error, name = worst(run(fused(model), DIT), run(model, DIT))
+    assert error <= 1e-5, name
+
+
+def test_an_empty_batch(plain, calls):
+    model = build(DIT)
+    whole = fused(model).blocks[0]
+    out = whole(torch.randn(0, 5, whole.norm1.normalized_shape[0]), torch.randn(0, whole.norm1.normalized_shape[0]))
+    assert out.shape[0] == 0
+    assert not calls
+
+
+def test_what_is_put_into_attention_later_is_honoured(plain, calls):
+    model = build(DIT)
+    width = model.blocks[0].attn.proj.weight.shape[0]
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(width)
+    accelerated = fused(model)
+    for one in (model, accelerated):
+        one.blocks[0].attn.norm = copy.deepcopy(norm)
+    x, c = torch.randn(2, 5, width), torch.randn(2, width)
+    expected = model.blocks[0](x, c)
+    assert torch.allclose(accelerated.blocks[0](x, c), expected, atol=1e-5)
+    assert not calls
+    assert "gates or normalises" in explained(accelerated)
+
+
+def test_hooks_on_all_modules_see_the_parts(plain, calls):
+    accelerated = fused(build(DIT))
+    seen: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        run(accelerated, DIT)
+    finally:
+        hook.remove()
+    assert accelerated.blocks[0].attn.qkv in seen
+    assert not calls
+    run(accelerated, DIT)
+    assert calls
+
+
+def test_mixed_dtypes_without_autocast_are_left_to_upstream(plain, calls):
+    model = build(DIT)
+    model.blocks[0].mlp.bfloat16()
+    with pytest.raises(RuntimeError, match="dtype"):
+        run(fused(model), DIT)
+
+
+def test_a_bias_on_some_projections_only(plain, calls):
+    model = build(DIFFUSERS)
+    accelerated = fused(model)
+    for one in (model, accelerated):
+        for block in one.transformer_blocks:
+            block.attn1.to_k.bias = None
+    error, name = worst(run(accelerated, DIFFUSERS), run(model, DIFFUSERS))
+    assert error <= 1e-5, name
+    assert not calls
+    assert "not all a bias" in explained(accelerated)
+
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"fusion": "adaln"}], ids=str)
+def test_graphs_that_would_never_run_are_refused(other):
+    with pytest.raises(ValueError, match="cuda_graphs: got True with"):
+        opendit.BoosterConfig(cuda_graphs=True, **other)

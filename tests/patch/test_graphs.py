@@ -21,16 +21,21 @@ from tests.patch.plain_kernels import use_plain_kernels
 from tests.tiny_models import UserDiT
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-STEPS = 5
+STEPS = 8
 
 
 class Replayed:
-    """Computes again, into the memory that the first computation returned."""
+    """Computes again, into the memory that the first computation returned. `later`: the graphs whose activations its
+    temporaries may overlap.
+    """
 
-    def __init__(self, compute) -> None:
-        self.compute = compute
+    def __init__(self, compute, later=list) -> None:
+        self.compute, self.later = compute, later
 
     def replay(self) -> None:
+        for graph in self.later():
+            for t in graph.returned:
+                t.fill_(torch.nan)
         again = self.compute() or []
         for own, new in zip(self.returned, again, strict=True):
             own.copy_(new)
@@ -40,11 +45,15 @@ class StandIn(graphs._Device):
     """A device whose graphs are `Replayed`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.leases = []
+        self.leases, self.replays, self.forwards = [], 0, []
 
     def capture(self, direction, compute):
         graph = Replayed(compute)
         returned = compute()
+        if direction == "forward":
+            order = len(self.forwards)
+            graph.later = lambda: self.forwards[order + 1 :]
+            self.forwards.append(graph)
         graph.returned = [t for t in returned or [] if isinstance(t, Tensor)] if direction == "forward" else []
         if direction == "backward":
             graph.compute = lambda: (compute(), [])[1]
@@ -238,13 +247,64 @@ def test_a_second_backward_after_another_forward_is_an_error(device):
         first.backward()
 
 
+def test_a_second_backward_when_only_earlier_blocks_ran_again(device):
+    graphed, _ = models(device)
+    for part in (graphed.x_embedder, graphed.t_embedder, graphed.y_embedder, graphed.blocks[0], graphed.blocks[1]):
+        part.requires_grad_(False)
+    for seed in range(5):
+        graphed.zero_grad(set_to_none=True)
+        loss(graphed, seed).backward()
+    one = loss(graphed, 5)
+    one.backward(retain_graph=True)
+    kept = loss(graphed, 6)
+    with pytest.raises(RuntimeError, match="cuda_graphs=False"):
+        one.backward()
+    del kept
+
+
+def test_a_parameter_changed_before_its_backward(device):
+    graphed, _ = models(device)
+    graphed.bfloat16()
+
+    def low(seed: int) -> Tensor:
+        x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
+        zero = torch.zeros(4, device=device)
+        return graphed(x, zero, zero.long()).float().square().mean()
+
+    for seed in range(6):
+        graphed.zero_grad(set_to_none=True)
+        step = low(seed)
+        if seed == 5:
+            with torch.no_grad():
+                graphed.blocks[1].mlp.fc1.weight.mul_(2)
+            with pytest.raises(RuntimeError, match="inplace"):
+                step.backward()
+        else:
+            step.backward()
+
+
+def test_what_cannot_be_captured_runs_without(device, monkeypatch):
+    def refuse(*_):
+        raise graphs.CaptureFailed
+
+    monkeypatch.setattr(graphs._Device, "capture", refuse)
+    monkeypatch.setattr(StandIn, "capture", refuse)
+    graphed, plain = models(device)
+    for seed in range(STEPS):
+        for model in (graphed, plain):
+            model.zero_grad(set_to_none=True)
+            loss(model, seed).backward()
+        assert_equal(gradients(graphed), gradients(plain))
+    assert replays(graphed) == 0
+
+
 def test_training(device):
     """With an optimizer, whose updates the graphs must see."""
     results = []
     for model in models(device):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
-        for seed in range(8):
+        for seed in range(12):
             optimizer.zero_grad()
             step = loss(model, seed)
             step.backward()
@@ -252,7 +312,7 @@ def test_training(device):
             losses.append(step.item())
         results.append(losses)
     assert results[0] == results[1]
-    assert len(set(results[0])) == 8
+    assert len(set(results[0])) == 12
 
 
 def test_restore_gives_the_memory_back(device):

@@ -47,6 +47,8 @@ class DispatchedAttention(SpreadAttention):
             return self._upstream("dropout active in attention", x)
         if hooked(self.attn_drop):
             return self._upstream("a hook on its attention weights", x)
+        if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
+            return self._upstream("it gates or normalises its output", x)
         if self._opendit_sequence is not None:
             out = self._spread(x, self.num_heads)
         else:
@@ -67,6 +69,8 @@ class DispatchedAttention(SpreadAttention):
             return "dropout active or a hook inside"
         if not all(off(getattr(self, name, None)) for name in ("q_norm", "k_norm")):
             return "it normalises q and k"
+        if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
+            return "it gates or normalises its output"
         if not plain_linear(self.qkv, self.proj):
             return "its linears are not torch's own, or something was put on them"
         return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
