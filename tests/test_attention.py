@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opendit.attention import BACKENDS, attend, backend_names, backend_unavailable, choice, choose, packages
+from opendit.attention import BACKENDS, attend, backend_names, backend_unavailable, choice, choose, packages, two_pass
 from opendit.attention.backends import _refusal_cached
 from opendit.attention.choice import Case, pick
 
@@ -445,7 +445,7 @@ def test_the_table(device, capability, dtype, head_dim, length, backward, plain,
 def test_cudnn_is_not_picked_where_torch_would_refuse_it(settings, reason, monkeypatch):
     monkeypatch.setattr(choice, "capability_of", lambda device: H200)
     monkeypatch.setattr(choice, "backend_unavailable", lambda *a: None)
-    fits = settings.get("batch", 1) <= choice._CUDNN_MAX_BATCH
+    fits = settings.get("batch", 1) <= two_pass.CUDNN_MAX_BATCH
     case = Case(torch.device("cuda"), torch.bfloat16, 64, 0, True, True, fits)
     got = choice._choose(case, settings.get("cudnn", True), settings.get("deterministic", False))
     assert got.backend == "sdpa"
