@@ -133,8 +133,8 @@ class FusedAdaLN(Patched):
         if reason is not None:
             return self._not_whole(reason)
         B, L, D = x.shape
-        backend = choose_backend(attn_parts.backend, x.device, dtype, (B, L, attn_parts.heads, D // attn_parts.heads))
         shape = (B, L, attn_parts.heads, D // attn_parts.heads)
+        backend = choose_backend(attn_parts.backend, x.device, dtype, shape)
         refusal = two_pass.refuses(backend, x.device, dtype, shape, torch.is_grad_enabled())
         if refusal is not None:
             return self._not_whole(f"attention: {refusal}")

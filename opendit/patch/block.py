@@ -53,6 +53,7 @@ PARAMETERS = ("ada_w", "ada_b", "qkv_w", "qkv_b", "proj_w", "proj_b", "w1", "b1"
 """A block's parameters: weights [out, in]; biases may be absent; qkv_w and qkv_b may be three tensors,
 for q, k and v."""
 W2 = PARAMETERS.index("w2")
+_GRADIENTS = ("x", "c", *PARAMETERS)
 
 
 class Static(NamedTuple):
@@ -263,7 +264,7 @@ def backward(
         saved, keep = _Forward(x, c, weights, static).saved("all"), "all"
     names = _names(keep)
     s = dict(zip(names, saved, strict=False))
-    want = dict(zip(("x", "c", *PARAMETERS), wants, strict=True))
+    want = dict(zip(_GRADIENTS, wants, strict=True))
     to = {name: group[0].dtype if group else dtype for name, group in zip(PARAMETERS, groups, strict=True)}
     modulated = want["c"] or want["ada_w"] or want["ada_b"]
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = s["modulation"].chunk(6, dim=1)
@@ -406,7 +407,7 @@ def _likes(x: Tensor, c: Tensor, groups: Groups, wants: Sequence[bool]) -> dict[
             likes[name] = group[0]
         elif group:  # the memory of a tensor that is never written is never taken
             likes[name] = group[0].new_empty((1,)).expand(sum(len(p) for p in group), *group[0].shape[1:])
-    return {name: likes[name] for name, want in zip(("x", "c", *PARAMETERS), wants, strict=True) if want}
+    return {name: likes[name] for name, want in zip(_GRADIENTS, wants, strict=True) if want}
 
 
 class _Block(torch.autograd.Function):
@@ -529,9 +530,6 @@ def _operator_backward(
     with torch.cuda.device_of(x):
         grads = backward(dout, x, c, grouped(flat, counts), saved, static, wants)
     return [grads[name] for name in _GRADIENTS if name in grads]
-
-
-_GRADIENTS = ("x", "c", *PARAMETERS)
 
 
 @_operator_backward.register_fake
