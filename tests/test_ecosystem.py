@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import opendit
 from tests.comparing import build, relative_errors, run, twin, worst
+from tests.launch import of_every_rank
 from tests.tiny_models import TINY, UserDiT, randomise
 
 DIT = TINY[0]
@@ -49,18 +50,16 @@ def test_ddp(one_process_group, order):
     assert relative_errors(actual, expected) == dict.fromkeys(expected, 0.0)
 
 
-def _one_of_two(rank: int, store: str, results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def cases(world: int):
+    return {"ddp": _gradients_of_this_rank_in_ddp}
+
+
+def _gradients_of_this_rank_in_ddp():
     model = DistributedDataParallel(opendit.accelerate(build(DIT, torch.float64)).eval())
     x, t, y = _four_samples()
-    half = slice(2 * rank, 2 * rank + 2)
+    half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     model(x[half], t[half], y[half]).square().mean().backward()
-    if rank == 0:
-        results.update({n: p.grad.clone() for n, p in model.module.named_parameters() if p.grad is not None})
-    dist.barrier()
-    del model
-    dist.destroy_process_group()
+    return {n: p.grad.clone() for n, p in model.module.named_parameters() if p.grad is not None}
 
 
 def _four_samples():
@@ -69,16 +68,13 @@ def _four_samples():
     return x, torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
 
 
-def test_ddp_over_two_processes_is_one_process_on_the_whole_batch(tmp_path):
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "store"), results), nprocs=2)
-        actual = dict(results)
+def test_ddp_over_two_processes_is_one_process_on_the_whole_batch():
     model = build(DIT, torch.float64).eval()
     model(*_four_samples()).square().mean().backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    error, name = worst(actual, expected)
-    assert error <= 1e-10, name
+    for actual in of_every_rank(__name__, 2, "ddp"):
+        error, name = worst(actual, expected)
+        assert error <= 1e-10, name
 
 
 def test_fully_shard_on_top(one_process_group):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fastseq import behaving
-from tests.fastseq.launch import of_every_rank
+from tests.launch import of_every_rank
 
 BESIDE = ("compiled", "inference", "full checkpointing", "fully_shard")
 RIGHT = [name for name in behaving.cases(2) if name.split("/")[0] in BESIDE]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fastseq import every_shape, fuzzing
-from tests.fastseq.launch import of_every_rank
+from tests.launch import of_every_rank
 
 EACH = [(world, case) for world in (2, 4) for case in fuzzing.cases(world)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fastseq import going_wrong
-from tests.fastseq.launch import of_every_rank
+from tests.launch import of_every_rank
 
 
 def found(case: str):

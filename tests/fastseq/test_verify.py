@@ -13,7 +13,7 @@ from torch import nn
 
 import opendit
 from tests.fastseq import verifying
-from tests.fastseq.launch import of_every_rank
+from tests.launch import of_every_rank
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fastseq import whole_models
-from tests.fastseq.launch import of_every_rank
+from tests.launch import of_every_rank
 
 
 @pytest.mark.parametrize(("world", "case"), [(world, name) for world in (2, 4) for name in whole_models.names(world)])

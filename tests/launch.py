@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import shutil
 import tempfile
 import time
@@ -27,7 +28,7 @@ def outcomes(module: str, world: int, limit: float = 240.0) -> list[dict[str, Ou
 
     `module.cases(world)` gives the cases as {name: function without arguments}; they run in that order.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fastseq"))
+    folder = Path(tempfile.mkdtemp(prefix="ranks"))
     context = mp.get_context("spawn")
     ranks = [context.Process(target=_work, args=(module, rank, world, str(folder))) for rank in range(world)]
     for process in ranks:
@@ -64,6 +65,8 @@ def _work(module: str, rank: int, world: int, folder: str) -> None:
         if 0 < failed.item() < world:
             break
     dist.destroy_process_group()
+    # Without the interpreter's shutdown: it can abort when one of gloo's threads asks for the interpreter's lock then.
+    os._exit(0)
 
 
 def of_every_rank(module: str, world: int, case: str, limit: float = 240.0) -> list[Outcome]:
