@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ DIVIDING = tuple(p for p in PLUGINS if p != "ddp")
 
 def cases(world: int) -> dict[str, Any]:
     if world == 4:
-        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero2", "zero3")}
+        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero3")}
         return found | {"uneven nodes": uneven_nodes}
     found = {f"checkpointing/{p}/{kind}": functools.partial(checkpointing, p, kind) for p, kind in CHECKPOINTED}
+    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero2", "zero3")}
+    found |= {f"bf16 reduction/{p}": functools.partial(bf16_reduction, p) for p in ("zero1", "gemini")}
+    found |= {f"state/{p}": functools.partial(state_from_before, p) for p in ("ddp", "zero2", "gemini")}
     for plugin in PLUGINS:
-        found[f"compiled blocks/{plugin}"] = functools.partial(compiled, plugin)
-        found[f"bf16 reduction/{plugin}"] = functools.partial(bf16_reduction, plugin)
-        found[f"state/{plugin}"] = functools.partial(state_from_before, plugin)
         found[f"explain/{plugin}"] = functools.partial(explained, plugin)
     for plugin in DIVIDING:
         found[f"inference/{plugin}"] = functools.partial(inference, plugin)
@@ -37,7 +37,6 @@ def cases(world: int) -> dict[str, Any]:
         found[f"bf16 gathers/{plugin}"] = functools.partial(bf16_gathers, plugin)
         found[f"no restore/{plugin}"] = functools.partial(no_restore, plugin)
     found["restore"] = restored
-    found["reentrant checkpointing"] = functools.partial(case, "zero3", "dit", 1)
     found["different seeds"] = different_seeds
     found["refusals"] = refusals
     found["no_sync"] = what_no_sync_spares
@@ -47,10 +46,8 @@ def cases(world: int) -> dict[str, Any]:
 
 CHECKPOINTED = [
     ("ddp", "full"),
-    ("zero1", "full"),
     ("zero2", "selective"),
     ("zero3", "full"),
-    ("zero3", "selective"),
     ("gemini", "full"),
 ]
 
@@ -92,7 +89,7 @@ def bf16_reduction(plugin: str) -> float:
 
 
 def state_from_before(plugin: str) -> tuple[float, float]:
-    """An optimizer that has stepped before: (largest error of moments right after placing, of parameters a step later)."""
+    """An optimizer that has stepped: (largest error of moments after placing, of parameters a step later)."""
     tiny, plain = tiny_of("dit")
     alone, model = twin(plain), twin(plain)
     pairs = []
@@ -122,8 +119,8 @@ def explained(plugin: str) -> dict[str, str]:
     return {"before": before.getvalue(), "after": after.getvalue()}
 
 
-def inference(plugin: str) -> dict[str, float]:
-    """Errors of outputs without gradients, of `forward_with_cfg`, and of training with both between backward and step."""
+def inference(plugin: str) -> dict[str, Any]:
+    """Errors of outputs without gradients, and of training with such calls between backward and step."""
     tiny, plain = tiny_of("dit")
     args, _ = tiny.inputs(torch.float64, torch.device("cpu"))
     pair = (torch.cat([args[0][:1]] * 2), args[1][:2], args[2][:2])
@@ -139,8 +136,10 @@ def inference(plugin: str) -> dict[str, float]:
 
     model, *_ = on(plugin, "dit", 1)
     errors = [(a - b).abs().max().item() for a, b in zip(outputs(model), outputs(twin(plain)), strict=True)]
-    trained = case(plugin, "dit", 1, mid_step=outputs)
-    return {"outputs": max(errors), "gathered": float(_gathered(model)), "trained": trained}
+    gathered = float(_gathered(model))
+    if plugin in ("zero2", "gemini"):
+        return {"outputs": max(errors), "gathered": gathered, "trained": case(plugin, "dit", 1, mid_step=outputs)}
+    return {"outputs": max(errors), "gathered": gathered}
 
 
 def _gathered(model: nn.Module) -> int:
@@ -153,17 +152,17 @@ def written_between(plugin: str) -> float:
     tiny, plain = tiny_of("dit")
     args, _ = tiny.inputs(torch.float64, torch.device("cpu"))
     model, reference = on(plugin, "dit", 1)[0].eval(), twin(plain).eval()
+    held = [*model.parameters(), *reference.parameters()]
     with torch.no_grad():
         model(*args)
-        for m in (model, reference):
-            for p in m.parameters():
-                p.mul_(1.25)
+        for p in held:
+            p.mul_(1.25)
         expected = reference(*args)
         return ((model(*args) - expected).norm() / expected.norm()).item()
 
 
 def bf16_gathers(plugin: str) -> tuple[float, bool]:
-    """(worst difference of outputs under autocast to a model without an engine, whether blocks were gathered in bf16)."""
+    """(difference of outputs under autocast to a model without an engine, whether blocks were gathered in bf16)."""
     plain = twin(tiny_of("dit")[1]).float()
     args, _ = tiny_of("dit")[0].inputs(torch.float32, torch.device("cpu"))
     reference = opendit.accelerate(twin(plain), {"kernels": "reference"}).eval()
@@ -214,7 +213,7 @@ def different_seeds() -> list[tuple[float, str]]:
     return errors
 
 
-@contextmanager
+@contextlib.contextmanager
 def _on_a_node(size: int, local_rank: int) -> Any:
     before = dict(os.environ)
     os.environ.update(LOCAL_WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
@@ -241,15 +240,12 @@ def uneven_nodes() -> str:
     return text.getvalue()
 
 
-_COLLECTIVES = {"allreduce": "all_reduce", "reduce-scatter": "reduce_scatter", "gather": "all_gather"}
-
-
 def what_no_sync_spares() -> dict[str, dict[str, int]]:
-    """Reductions of gradients in a backward inside `no_sync`, and gathers of the forward after it, by plugin."""
+    """Of plugins that divide: reductions in a backward inside `no_sync` and in one outside, gathers in a forward."""
     from torch.profiler import ProfilerActivity, profile
 
-    found = {}
-    for plugin in PLUGINS:
+    found = {"ddp": _ddp_in_no_sync()}
+    for plugin in DIVIDING:
         model, *_ = on(plugin, "dit", 1)
         _mean_of(model, "dit")
         tiny = tiny_of("dit")[0]
@@ -267,6 +263,21 @@ def what_no_sync_spares() -> dict[str, dict[str, int]]:
             "outside": _count(outside, "reduce"),
             "gathers": _count(forward, "gather"),
         }
+    return found
+
+
+def _ddp_in_no_sync() -> dict[str, int]:
+    """How many parameters have another gradient on other processes, whose inputs are others."""
+    model, *_ = on("ddp", "dit", 1)
+    args, _ = tiny_of("dit")[0].inputs(torch.float64, torch.device("cpu"))
+    found = {}
+    for where, context in (("inside", opendit.no_sync(model)), ("outside", contextlib.nullcontext())):
+        model.zero_grad()
+        with context:
+            model(args[0] + dist.get_rank(), *args[1:]).sum().backward()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, {n: p.grad for n, p in named(model).items() if p.grad is not None})
+        found[where] = sum(not torch.equal(grad, everyone[1][n]) for n, grad in everyone[0].items())
     return found
 
 
@@ -300,10 +311,12 @@ def refusals() -> dict[str, str]:
     plain = tiny_of("dit")[1]
     said: dict[str, str] = {}
 
-    def refused(what: str, model: nn.Module, plugin: str = "zero3", optimizer: Any = None, wrap: Any = None) -> None:
+    def refused(
+        what: str, model: nn.Module, plugin: str = "zero3", optimizer: Any = None, wrap: Any = None, **more: Any
+    ) -> None:
         kinds = [type(m) for m in model.modules()]
         given = wrap(model) if wrap is not None else model
-        said[what] = _said(lambda: opendit.accelerate(given, {"plugin": plugin}, optimizer=optimizer))
+        said[what] = _said(lambda: opendit.accelerate(given, {"plugin": plugin, **more}, optimizer=optimizer))
         assert [type(m) for m in model.modules()] == kinds
 
     refused("wrapped", twin(plain), wrap=nn.parallel.DistributedDataParallel)
@@ -311,6 +324,7 @@ def refusals() -> dict[str, str]:
     tied = twin(plain)
     tied.blocks[1].attn.proj.weight = tied.blocks[0].attn.proj.weight
     refused("tied", tied)
+    refused("bf16", twin(plain), plugin="ddp", reduction="bf16")
     refused("frozen", twin(plain).requires_grad_(False))
     refused("frozen ddp", twin(plain).requires_grad_(False), plugin="ddp")
     model = twin(plain)

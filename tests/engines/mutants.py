@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -31,7 +32,10 @@ def cases(world: int) -> dict[str, Any]:
 
 def _with(target: Any, name: str, broken: Any, plugin: str, sp: int) -> float:
     with mock.patch.object(target, name, broken):
-        return _error(case(plugin, "dit", sp))
+        try:
+            return _error(case(plugin, "dit", sp))
+        except AssertionError:  # gradients or moments are missing
+            return math.inf
 
 
 def _error(errors: dict[str, Any]) -> float:
@@ -60,7 +64,7 @@ class _SummingDDP(nn.parallel.DistributedDataParallel):
         self.register_comm_hook(None, _sum)
 
 
-def _sum(state: Any, bucket: Any) -> Any:
+def _sum(state, bucket):  # annotations that are strings are not understood there
     work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return work.then(lambda future: future.value()[0])
 
@@ -96,8 +100,7 @@ def gathers_outlive_the_step() -> float:
 def frozen_rounded() -> float:
     """The position embeddings are divided and gathered in bf16."""
     with (
-        mock.patch.object(fsdp, "_left_whole", lambda *_: set()),
-        mock.patch.object(fsdp, "_linears_only", lambda *_: True),
+        mock.patch.object(fsdp, "_left_whole", return_value=set()),
         mock.patch.object(fsdp, "_policy", functools.partial(_lower_everywhere, fsdp._policy)),
     ):
         return behaving.bf16_gathers("zero2")[0]
