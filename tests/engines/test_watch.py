@@ -141,10 +141,11 @@ def test_others_end_in_time_naming_rank_and_step(plugin, lost, how):
 def test_a_mistake_on_one_process_is_named_by_the_others():
     processes = start(2, "ddp", 60, 100000, 5, lost=1)
     try:
-        said = processes[0].communicate(timeout=40)[1]
+        wait_for(processes[1], "step 5")
+        said = processes[0].communicate(timeout=30)[1]
         assert processes[0].returncode
         assert "rank 1 failed in step 6: KeyError: 'a mistake in the script'" in said
-        assert processes[1].wait(10)
+        assert processes[1].wait(20)
     finally:
         for process in processes:
             process.kill()
@@ -153,7 +154,7 @@ def test_a_mistake_on_one_process_is_named_by_the_others():
 @pytest.mark.slow
 def test_an_ordinary_end_is_none():
     for process in start(2, "zero2", 60, 5, 0):
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
         assert "step 5" in out
         assert "opendit: rank" not in said
