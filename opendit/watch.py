@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -100,7 +101,7 @@ class View:
 class Watch:
     """One process's threads, store and view."""
 
-    store: dist.Store
+    store: Any  # torch's TCPStore
     view: View
     world: object
     steps: int = 0
@@ -123,7 +124,8 @@ class Watch:
         values = self.store.multi_get([str(rank) for rank in range(len(self.view.lives))])
         now = time.monotonic()
         for rank, value in enumerate(values):
-            self.view.seen(rank, *json.loads(value), now)
+            beats, steps, status = json.loads(value)
+            self.view.seen(rank, beats, steps, status, now)
         self.view.round = now
 
     def _beat(self) -> None:
@@ -196,11 +198,12 @@ def watch(timeout: float) -> Watch | None:
     hosts: list[str] = [""] * world
     dist.all_gather_object(hosts, socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else os.environ.get("MASTER_ADDR", hosts[0])
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    tcp_store = cast(Any, dist).TCPStore
+    store = tcp_store(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = [store.port if store is not None else 0]
     dist.broadcast_object_list(port, 0)
     if store is None:
-        store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+        store = tcp_store(host, port[0], is_master=False, wait_for_workers=False)
     now = time.monotonic()
     view = View(rank, timeout, min(_INTERVAL, timeout / 10), [Life(at=now) for _ in range(world)], now)
     _watch = Watch(store, view, dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""One script, started alone, by torchrun, and by torchrun on two nodes (here: on one machine, told apart by torchrun)."""
+"""One script, started alone, by torchrun, and by torchrun on two nodes (of one machine, told apart by torchrun)."""
 
 from __future__ import annotations
 
