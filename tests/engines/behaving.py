@@ -26,6 +26,7 @@ def cases(world: int) -> dict[str, Any]:
         found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero3")}
         return found | {"uneven nodes": uneven_nodes}
     found = {f"checkpointing/{p}/{kind}": functools.partial(checkpointing, p, kind) for p, kind in CHECKPOINTED}
+    found |= {f"whole blocks/{p}/{kind}": functools.partial(whole_blocks, p, kind) for p, kind in WHOLE}
     found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero2", "zero3")}
     found |= {f"bf16 reduction/{p}": functools.partial(bf16_reduction, p) for p in ("zero1", "gemini")}
     found |= {f"state/{p}": functools.partial(state_from_before, p) for p in ("ddp", "zero2", "gemini")}
@@ -44,6 +45,7 @@ def cases(world: int) -> dict[str, Any]:
     return found
 
 
+WHOLE = [("ddp", "full"), ("zero3", "selective"), ("gemini", "full")]
 CHECKPOINTED = [
     ("ddp", "full"),
     ("zero2", "selective"),
@@ -54,6 +56,24 @@ CHECKPOINTED = [
 
 def checkpointing(plugin: str, kind: str) -> dict[str, Any]:
     return case(plugin, "dit", 2 if kind == "full" else 1, activation_checkpointing=kind)
+
+
+def whole_blocks(plugin: str, keep: str) -> tuple[int, dict[str, Any]]:
+    """Blocks as one function each: how many ran so, and errors. Plain torch stands for the kernels."""
+    import pytest
+
+    from opendit.patch import adaln, block
+    from tests.patch.plain_kernels import use_plain_kernels
+
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        use_plain_kernels(patch, block)
+        patch.setattr(adaln, "resolve", lambda *_: "triton")  # which compute in fp64 here
+        original = adaln.adaln_block
+        patch.setattr(adaln, "adaln_block", lambda *args: ran.append(keep) or original(*args))
+        config = {"kernels": "auto", "fusion": "block", "attention": "sdpa-flash", "activation_checkpointing": keep}
+        errors = case(plugin, "dit", 1, **config)
+    return len(ran), errors
 
 
 def _mean_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

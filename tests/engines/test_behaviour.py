@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
 
 from tests.engines import behaving
-from tests.engines.training import PLUGINS, check
+from tests.engines.training import MICROS, PLUGINS, STEPS, check
 from tests.launch import of_every_rank
 
 DIVIDING = behaving.DIVIDING
@@ -21,6 +22,14 @@ def of(case: str, world: int = 2) -> list:
 def test_activation_checkpointing(plugin, kind):
     for errors in of(f"checkpointing/{plugin}/{kind}"):
         check(errors)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="whole blocks are triton's")
+@pytest.mark.parametrize(("plugin", "kind"), behaving.WHOLE)
+def test_blocks_that_are_one_function(plugin, kind):
+    for ran, errors in of(f"whole blocks/{plugin}/{kind}"):
+        assert ran == STEPS * MICROS * 2
+        check(errors, 1e-6)  # sums over tokens are fp32 in them, whatever the engine
 
 
 @pytest.mark.parametrize("plugin", ["ddp", "zero2", "zero3"])
