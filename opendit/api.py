@@ -1,6 +1,6 @@
-"""The three verbs: `accelerate`, `explain`, `restore`.
+"""The verbs: `accelerate`, `explain`, `restore`, and `attach` for optimizers that come later.
 
-`accelerate` is one straight line: config → checks → plan → apply → optimizer. Everything up to the plan only
+`accelerate` is one straight line: config → checks → plan → apply → optimizer → attach. Everything up to the plan only
 reads, and a call that fails leaves the model and the optimizer as they were.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from opendit import optim
+from opendit import attaching, optim
 from opendit.config import BoosterConfig, OptimizerFactory
 from opendit.patch import core
 from opendit.patch.core import Patched, Plan
@@ -95,12 +95,15 @@ def accelerate(
     core.apply(target, plan)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
     if optimizer is None:
+        if plan.stepping:
+            core.logger.warning("skip_nonfinite, loss scaling and EMA wait for opendit.attach(model, optimizer)")
         return model
     try:
         if isinstance(optimizer, Optimizer):
             optim.rebind(optimizer, before, dict(target.named_parameters()))
         else:
             optimizer = optim.build(optimizer, target)
+        attaching.put_in(target, optimizer, plan.stepping)
     except BaseException:
         core.unapply(target)
         raise
@@ -136,6 +139,37 @@ def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file
     return plan
 
 
+def attach(model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
+    """Lets `optimizer.step()` do what the model's config asks for: skip_nonfinite, fp16's loss scale, EMA.
+
+    `accelerate` does it for an optimizer that it is given. This is for one built later, after your own `fully_shard`,
+    say; every process makes this call. A second call starts anew, averages at the parameters as they are.
+
+    Args:
+        model: the accelerated model, wrapped or sharded as it will be trained.
+        optimizer: on the model's parameters; the same object comes back.
+
+    Raises:
+        ValueError: the model is not accelerated, its config asks for nothing of that, or the optimizer holds none of its
+            parameters.
+        TypeError: an argument of the wrong type.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
+    target = unwrap(model)
+    plan = core.plan_of(target)
+    if plan is None or not plan.stepping:
+        raise ValueError(
+            "model: nothing of it goes into optimizer.step(); allowed: a model accelerated with precision, ema or "
+            "skip_nonfinite. Give them to accelerate"
+        )
+    optim.check(optimizer, target)
+    attaching.put_in(target, optimizer, plan.stepping)
+    return optimizer
+
+
 def restore(model: ModelT) -> ModelT:
     """Undoes `accelerate` in place and returns `model` as it came in: its classes, outputs and keys.
 
@@ -147,6 +181,7 @@ def restore(model: ModelT) -> ModelT:
     if core.plan_of(target) is None and not any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(f"model: {type(target).__name__} is not accelerated; there is nothing to restore")
     core.unapply(target)
+    attaching.take_out(target)
     from opendit.patch import graphs
 
     graphs.release(list(target.parameters()))

@@ -18,8 +18,10 @@ from opendit.kernels import spec
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
+from opendit.patch.precision import plan_precision
 from opendit.patch.registry import Family, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
+from opendit.stepping import Stepping, in_words
 
 
 def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
@@ -41,6 +43,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
+    plan_precision(planner, model, cfg.precision)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         blocks = model.get_submodule(family.blocks)
@@ -54,6 +57,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
+        stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), cfg.ema),
     )
 
 
@@ -152,6 +156,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     lines += _choices_in_words(plan.choices)
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
+    lines += in_words(plan.stepping, model, applied=applied)
     modules = dict(model.named_modules())
     for fqn in plan.compiled:
         # A copy or an unpickled model has the plan and the classes, but not the compiled code.
