@@ -95,8 +95,8 @@ def accelerate(
     core.apply(target, plan)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
     if optimizer is None:
-        if plan.stepping:
-            core.logger.warning("skip_nonfinite, loss scaling and EMA wait for opendit.attach(model, optimizer)")
+        if cfg.ema is not None or cfg.skip_nonfinite:
+            core.logger.warning("ema and skip_nonfinite wait for an optimizer: opendit.attach(model, optimizer)")
         return model
     try:
         if isinstance(optimizer, Optimizer):

@@ -9,7 +9,8 @@ t counts the steps taken, from 1. The width of a power function is its standard 
     σ_rel = (γ+1)^(1/2) · (γ+2)^(−1) · (γ+3)^(−1/2)           (0.05 ↔ γ = 16.97, 0.10 ↔ γ = 6.94)
 
 Snapshots of two power functions, taken now and then, span a space of weightings in which any other one is found by
-least squares: minimise ∫ (p_{γ,t} − Σ_i x_i·p_i)² by solving A·x = b, A_ij = ⟨p_i, p_j⟩, b_i = ⟨p_i, p_{γ,t}⟩, with
+least squares: minimise ∫ (p_{γ,t} − Σ_i x_i·p_i)² with Σ_i x_i = 1, so that what stays constant comes out as it is, by
+solving A·x + λ = b, A_ij = ⟨p_i, p_j⟩, b_i = ⟨p_i, p_{γ,t}⟩, with
 
     ⟨p_{γa,ta}, p_{γb,tb}⟩ = (γa+1)(γb+1) / ((γa+γb+1)·max(ta, tb)) · (ta/tb)^(γb if ta < tb else −γa)
 
@@ -132,10 +133,11 @@ def product(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def synthesis(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> list[float]:
-    """The factor of each stored average (t, γ) in the best approximation of the wanted one, in fp64."""
-    gram = torch.tensor([[product(a, b) for b in stored] for a in stored], dtype=torch.float64)
-    right = torch.tensor([product(a, wanted) for a in stored], dtype=torch.float64)
-    return cast("list[float]", torch.linalg.lstsq(gram, right, driver="gelsd").solution.tolist())
+    """The factor of each stored average (t, γ) in the best approximation of the wanted one, in fp64; they add up to 1."""
+    rows = [[*(product(a, b) for b in stored), 1.0] for a in stored]
+    system = torch.tensor([*rows, [1.0] * len(stored) + [0.0]], dtype=torch.float64)
+    right = torch.tensor([*(product(a, wanted) for a in stored), 1.0], dtype=torch.float64)
+    return cast("list[float]", torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:-1, 0].tolist())
 
 
 def _numbers(name: str, given: object, widest: float, allowed: str) -> tuple[float, ...]:

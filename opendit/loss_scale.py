@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from opendit.patch.precision import SCALES
+from opendit.sharded_ema import gathers
 
 INITIAL, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 # Far beyond any use, and far from fp32's ends.
@@ -39,7 +40,7 @@ class LossScale:
         self._settle = settle
         self._tensors: dict[torch.device, Tensor] = {}
         self._hooked: dict[int, Any] = {}
-        self._sharded = [m for m in model.modules() if _is_sharded(m)]
+        self._sharded = [m for m in model.modules() if gathers(m)]
         divided = {id(p) for p in model.parameters() if hasattr(p, "device_mesh")}
         this = weakref.ref(self)
         for p in model.parameters():
@@ -95,10 +96,6 @@ class LossScale:
 
 def _unscaled(scale: LossScale | None, gradient: Tensor) -> Tensor:
     return gradient if scale is None else gradient * scale.current(gradient.device)[1].to(gradient.dtype)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return hasattr(module, "set_gradient_divide_factor") and hasattr(module, "reshard")
 
 
 def _processes(module: Any) -> int:

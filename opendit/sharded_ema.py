@@ -140,8 +140,13 @@ class ShardedEma:
 def reshard(model: nn.Module) -> None:
     """Lets go of what FSDP2 has gathered, so that parameters are the divided ones, and gathered anew when used."""
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor") and hasattr(module, "reshard"):
+        if gathers(module):
             cast(Any, module).reshard()
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether FSDP2 divides parameters of this module, and gathers them for its forward."""
+    return hasattr(module, "set_gradient_divide_factor") and hasattr(module, "reshard")
 
 
 def _part(name: str, p: nn.Parameter) -> Part:
