@@ -41,13 +41,14 @@ def ema_weights(model: nn.Module, decay: float | str | None = None) -> Iterator[
         raise RuntimeError("model: an EMA is in its parameters already; leave that block first")
     stepper.settle()
     ema.check(target)
-    own = ema.swap_in(label)
+    own = ema.own()
     stepper.swapped = True
     try:
+        ema.write(ema.values[label])
         yield
     finally:
         reshard(target)
-        ema.swap_out(own)
+        ema.write(own)
         stepper.swapped = False
 
 

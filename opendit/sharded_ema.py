@@ -117,19 +117,13 @@ class ShardedEma:
                     "DDP, or FSDP2. Wrap the model before training"
                 )
 
-    @torch.no_grad()
-    def swap_in(self, label: str) -> list[Tensor]:
-        """Puts an average into the parameters; returns what is needed to undo it: the parameters' own parts."""
-        own = [part.here().clone() for part in self.parts]
-        self._write(self.values[label])
-        return own
+    def own(self) -> list[Tensor]:
+        """Copies of this process's parts of the parameters, in their dtypes."""
+        return [part.here().clone() for part in self.parts]
 
     @torch.no_grad()
-    def swap_out(self, own: list[Tensor]) -> None:
-        """Puts the parameters back, bit for bit."""
-        self._write(own)
-
-    def _write(self, values: list[Tensor]) -> None:
+    def write(self, values: list[Tensor]) -> None:
+        """Puts everyone's parts into the parameters: an average, or what `own` gave, bit for bit."""
         for part, value in zip(self.parts, values, strict=True):
             if part.divided:
                 _gather_into(part.whole(), value)

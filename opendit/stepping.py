@@ -106,7 +106,7 @@ class Stepper:
             own()
             self._follow(None)
             self._conclude(False)
-        elif _takes_found(optimizer) and optimizer.state:
+        elif _takes_found(optimizer):
             _told(optimizer, found, own)
             self._follow(found)
             self._pending = _Pending.of(found)
@@ -175,7 +175,7 @@ class Stepper:
     def _tell(self) -> None:
         expected = self.scale is not None  # how a loss scale finds its height
         level = logging.INFO if expected or self.skipped > 1 else logging.WARNING
-        logger.log(level, "step skipped on all processes: gradients were inf or NaN (%d so far)", self.skipped)
+        logger.log(level, "step skipped: gradients were inf or NaN (%d so far)", self.skipped)
         patched = getattr(self.optimizer(), "__dict__", {}).get("step")
         if self.skipped == 1 and hasattr(patched, "_wrapped_by_lr_sched") and not self.schedulers:
             logger.warning(
@@ -256,9 +256,11 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _takes_found(optimizer: Optimizer) -> bool:
-    """Whether its step reads `found_inf`, as torch's fused optimizers do."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
-        group.get("fused") for group in optimizer.param_groups
+    """Whether its step reads `found_inf`, as torch's fused optimizers do, and has no state to begin, which they do anyhow."""
+    return (
+        bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        and all(group.get("fused") for group in optimizer.param_groups)
+        and all(optimizer.state.get(p) for p in _parameters(optimizer) if p.grad is not None)
     )
 
 

@@ -33,6 +33,14 @@ _DIT = TINY[0]
 
 
 def cases(world: int) -> dict[str, Any]:
+    if world == 4:
+        return {
+            "skip/sharded/adamw": functools.partial(skips_together, "sharded", "adamw"),
+            "ema/sharded": functools.partial(averages, "sharded", world),
+            "ema/hybrid": functools.partial(averages, "hybrid", world),
+            "gradients/hybrid": functools.partial(gradients, "hybrid", world),
+            "overflow/hybrid": functools.partial(overflow_on_one, "hybrid"),
+        }
     found: dict[str, Any] = {}
     for kind in KINDS:
         for name in OPTIMIZERS if kind != "ddp" else ("adamw",):
@@ -40,15 +48,10 @@ def cases(world: int) -> dict[str, Any]:
         found[f"overflow/{kind}"] = functools.partial(overflow_on_one, kind)
         found[f"gradients/{kind}"] = functools.partial(gradients, kind, world)
         found[f"ema/{kind}"] = functools.partial(averages, kind, world)
-    found["stop"] = stop
-    found["snapshots"] = snapshots
-    found["gathered shards"] = gathered_shards
-    found["apart"] = apart
-    if world == 2:
-        for name, mutant in MUTANTS.items():
-            found[f"mutant/{name}"] = functools.partial(mutated, *mutant)
-    else:
-        found["ema/hybrid"] = functools.partial(averages, "hybrid", world)
+    for case in (stop, snapshots, gathered_shards, apart):
+        found[case.__name__] = case
+    for name, mutant in MUTANTS.items():
+        found[f"mutant/{name}"] = functools.partial(mutated, *mutant)
     return found
 
 
@@ -424,15 +427,15 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Any, str, Any]] = {
 }
 
 
-def mutated(check: Callable[[], Any], where: Any, name: str, mutant: Any) -> bool:
-    """Whether the check noticed, on any process."""
-    noticed = False
+def mutated(check: Callable[[], Any], where: Any, name: str, mutant: Any) -> list[str]:
+    """What the check notices, on all processes."""
+    noticed: list[str] = []
     with mock.patch.object(where, name, mutant):
         try:
             found = check()
-            noticed = bool(found) if isinstance(found, list) else found[0] > 1.2 * found[1]
-        except (AssertionError, ValueError, RuntimeError):
-            noticed = True
-    said = [False] * dist.get_world_size()
+            noticed = found if isinstance(found, list) else [f"error {found[0]}"] * (found[0] > 1.2 * found[1])
+        except (AssertionError, RuntimeError) as error:
+            noticed = [str(error)]
+    said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, noticed)
-    return any(said)
+    return [problem for problems in said for problem in problems]
