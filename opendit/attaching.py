@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import weakref
 from typing import Any, TypeVar, cast
@@ -25,7 +24,11 @@ class Attached:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy holds other parameters: it is what it was before.
         state = cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return copyreg.__newobj__, (type(self)._opendit_base,), state  # type: ignore[attr-defined]
+        return _unattached, (type(self)._opendit_base,), state
+
+
+def _unattached(base: Any) -> Any:
+    return base.__new__(base)
 
 
 def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
