@@ -150,8 +150,8 @@ def attach(model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
         optimizer: on the model's parameters; the same object comes back.
 
     Raises:
-        ValueError: the model is not accelerated, its config asks for nothing of that, or the optimizer holds none of its
-            parameters.
+        ValueError: the model is not accelerated, its config asks for nothing of that, or the optimizer holds none of
+            its parameters.
         TypeError: an argument of the wrong type.
     """
     if not isinstance(optimizer, Optimizer):

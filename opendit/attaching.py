@@ -118,7 +118,8 @@ def _step_of(base: Any) -> Any:
     def step(self: Any, closure: Any = None, **kwargs: Any) -> Any:
         if not isinstance(self, Attached):  # taken out, while a scheduler still calls this
             return base.step(self, closure, **kwargs)
-        return type(self)._opendit_stepper.step(self, functools.partial(base.step, self, **kwargs), closure)
+        optimizer: Any = self
+        return type(self)._opendit_stepper.step(optimizer, functools.partial(base.step, self, **kwargs), closure)
 
     return step
 

@@ -71,14 +71,14 @@ class BoosterConfig(Generic[OptimizerT]):
             stay allocated between steps.
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
-        precision: `"inherit"`: the caller's autocast and parameter dtypes decide. `"bf16"`, `"fp16"`: the model's forward
-            runs under autocast and returns fp32; parameters must be fp32. `"fp16"` scales the loss by itself: the plain
-            loop stays, and gradients are true ones wherever the caller sees them. `"fp32"`: autocast is off in the
-            forward. `"fp8"`: not implemented.
+        precision: `"inherit"`: the caller's autocast and parameter dtypes decide. `"bf16"`, `"fp16"`: the model's
+            forward runs under autocast and returns fp32; parameters must be fp32. `"fp16"` scales the loss by itself:
+            the plain loop stays, and gradients are true ones wherever the caller sees them. `"fp32"`: autocast is off
+            in the forward. `"fp8"`: not implemented.
         skip_nonfinite: where a gradient is inf or NaN on any process, all skip that `optimizer.step()`: parameters,
-            moments and EMA stay as they are, and so does a schedule given to `opendit.schedule`. A number: after so many
-            in a row `opendit.NonFiniteGradients` is raised; `True`: 50; `None`: `True` where `precision` or `ema` is
-            given, else `False`.
+            moments and EMA stay as they are, and so does a schedule given to `opendit.schedule`. A number: after so
+            many in a row `opendit.NonFiniteGradients` is raised; `True`: 50; `None`: `True` where `precision` or `ema`
+            is given, else `False`.
         plugin: the distributed plugin; only `None` (the caller wraps the model) is implemented.
         engine: where plugins come from; only `"torch"` is implemented.
         sequence_parallel: the method that spreads a sequence over processes where `accelerate` is given `sp_size > 1`:
@@ -160,8 +160,8 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if skip is False and self.precision == "fp16":
             raise ValueError(
-                "skip_nonfinite: got False with precision='fp16'; allowed: True or a number. A loss scale finds its height "
-                "by steps that are skipped"
+                "skip_nonfinite: got False with precision='fp16'; allowed: True or a number. A loss scale finds its "
+                "height by steps that are skipped"
             )
 
     def skips_in_a_row(self) -> int | None:

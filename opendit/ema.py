@@ -119,8 +119,8 @@ def _of(model: nn.Module) -> tuple[Stepper, ShardedEma, nn.Module]:
     stepper = stepper_of(target)
     if stepper is None or stepper.ema is None:
         raise ValueError(
-            "model: it has no EMA; allowed: a model accelerated with ema, such as ema=0.9999, and an optimizer. A copy of "
-            "a model has none"
+            "model: it has no EMA; allowed: a model accelerated with ema, such as ema=0.9999, and an optimizer. A copy "
+            "of a model has none"
         )
     return stepper, stepper.ema, target
 

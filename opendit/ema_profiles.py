@@ -133,7 +133,7 @@ def product(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def synthesis(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> list[float]:
-    """The factor of each stored average (t, γ) in the best approximation of the wanted one, in fp64; they add up to 1."""
+    """The factor of each stored average (t, γ) in the best approximation of the wanted one; they add up to 1."""
     rows = [[*(product(a, b) for b in stored), 1.0] for a in stored]
     system = torch.tensor([*rows, [1.0] * len(stored) + [0.0]], dtype=torch.float64)
     right = torch.tensor([*(product(a, wanted) for a in stored), 1.0], dtype=torch.float64)

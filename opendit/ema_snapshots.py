@@ -70,7 +70,9 @@ def posthoc_ema(folder: str | os.PathLike[str], *, std: float, step: int | None 
         raise ValueError(f"std: got {std!r}; allowed: a number between 0 and 0.288")
     found = _complete(Path(folder))
     if not found:
-        raise ValueError(f"folder: got {os.fspath(folder)!r}, which has no complete snapshot; allowed: the folder given to EMA")
+        raise ValueError(
+            f"folder: got {os.fspath(folder)!r}, which has no complete snapshot; allowed: the folder given to EMA"
+        )
     last = max(found) if step is None else step
     if last not in found:
         raise ValueError(f"step: got {step}; allowed: a step with a snapshot: {', '.join(map(str, sorted(found)))}")

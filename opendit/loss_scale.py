@@ -8,15 +8,16 @@
 
 So `parameter.grad` holds true gradients whenever the caller sees it, whatever was accumulated or clipped.
 
-A parameter's whole gradient is divided. What reaches it other than through the model's forward (a penalty on the weights
-in the loss, a sublayer that is called by itself) was not multiplied, and would come out S times too small.
+A parameter's whole gradient is divided. What reaches it other than through the model's forward (a penalty on weights in
+the loss, a sublayer that is called by itself) was not multiplied, and would come out S times too small. FSDP2 has to
+reduce in fp32, as it does by default; in fp16 the division would lose what the scale saved.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,12 @@ class LossScale:
         self._settle = settle
         self._tensors: dict[torch.device, Tensor] = {}
         self._hooked: dict[int, Any] = {}
-        self._sharded = [m for m in model.modules() if gathers(m)]
+        self._sharded: list[Any] = [m for m in model.modules() if gathers(m)]
         divided = {id(p) for p in model.parameters() if hasattr(p, "device_mesh")}
         this = weakref.ref(self)
         for p in model.parameters():
             if p.requires_grad and id(p) not in divided:
-                self._hooked[id(p)] = p.register_hook(lambda gradient: _unscaled(this(), gradient))
+                self._hooked[id(p)] = cast(Any, p).register_hook(lambda gradient: _unscaled(this(), gradient))
         self.known = {*divided, *self._hooked}
         SCALES[id(model)] = self
         self._forget = weakref.finalize(model, SCALES.pop, id(model), None)

@@ -11,6 +11,7 @@ from torch import nn
 
 from opendit import attention
 from opendit.config import BoosterConfig
+from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
@@ -57,7 +58,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
-        stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), cfg.ema),
+        stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
 
 

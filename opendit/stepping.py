@@ -4,8 +4,8 @@
     found     step, averages, counters and schedule stay;  fp16's loss scale falls;  after N in a row an error
     not       the optimizer's own step, then the averages' update
 
-An optimizer that can be told `found` on the device (torch's fused ones) is told there, and the averages' update is masked by
-it, so that nobody waits; what came of the step is read when it is next needed. Others wait for one number a step.
+An optimizer that can be told `found` on the device (torch's fused ones) is told there, and the averages' update is
+masked by it, so that nobody waits; what came of the step is read when it is next needed. Others wait for one number.
 
 The optimizer instance gets a class made for it, from its own class and this step, like modules do (patch/core.py). Its
 state, groups, hooks and state dict are its own class's; a copy or pickle of it is of its own class.
@@ -17,7 +17,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -64,7 +64,7 @@ class _Pending:
             return cls(found, None)
         host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
         host.copy_(found, non_blocking=True)
-        event = torch.cuda.Event()
+        event: Any = cast(Any, torch.cuda).Event()
         event.record(torch.cuda.current_stream(found.device))
         return cls(host, event)
 
@@ -95,7 +95,9 @@ class Stepper:
         """`own()` is the optimizer's own step, without a closure."""
         self.settle()
         if self.swapped:
-            raise RuntimeError("optimizer: step() inside opendit.ema_weights would train the EMA; leave the block first")
+            raise RuntimeError(
+                "optimizer: step() inside opendit.ema_weights would train the EMA; leave the block first"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -167,9 +169,9 @@ class Stepper:
             self.scale.update(skipped)
         if skipped and self.limit is not None and self.in_a_row >= self.limit:
             raise NonFiniteGradients(
-                f"{self.in_a_row} steps in a row had gradients that were inf or NaN, and were skipped; {self.taken} were "
-                f"taken before. Worst now: {self._worst()}. Parameters and averages are as after the last good step: look "
-                "at the data, the learning rate and the loss, or allow more with skip_nonfinite"
+                f"{self.in_a_row} steps in a row had gradients that were inf or NaN, and were skipped; {self.taken} "
+                f"were taken before. Worst now: {self._worst()}. Parameters and averages are as after the last good "
+                "step: look at the data, the learning rate and the loss, or allow more with skip_nonfinite"
             )
 
     def _tell(self) -> None:
@@ -189,8 +191,8 @@ class Stepper:
             for p in _parameters(optimizer):
                 if id(p) in self.names and p.grad is not None and id(p) not in self.scale.known:
                     raise RuntimeError(
-                        f"optimizer: {self.names[id(p)]!r} was frozen when precision='fp16' was set up, so its gradient "
-                        "is scaled; call opendit.attach(model, optimizer) after freezing and unfreezing"
+                        f"optimizer: {self.names[id(p)]!r} was frozen when precision='fp16' was set up, so its "
+                        "gradient is scaled; call opendit.attach(model, optimizer) after freezing and unfreezing"
                     )
 
     @torch.no_grad()
@@ -256,7 +258,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _takes_found(optimizer: Optimizer) -> bool:
-    """Whether its step reads `found_inf`, as torch's fused optimizers do, and has no state to begin, which they do anyhow."""
+    """Whether its step reads `found_inf`, as torch's fused optimizers do, and begins no state, which they do anyhow."""
     return (
         bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         and all(group.get("fused") for group in optimizer.param_groups)
@@ -288,11 +290,15 @@ def in_words(wanted: Stepping | None, model: nn.Module, *, applied: bool) -> lis
         return []
     lines = []
     if wanted.limit is not None:
-        lines.append(f"  gradients that are inf or NaN: all processes skip the step; {wanted.limit} in a row are an error")
+        lines.append(
+            f"  gradients that are inf or NaN: all processes skip the step; {wanted.limit} in a row are an error"
+        )
     if wanted.precision == "fp16":
         lines.append("  loss scale: from 65536, halved after a skipped step, doubled after 2000 good ones")
     if wanted.ema is not None:
-        lines.append(f"  EMA: {', '.join(wanted.ema.profiles())}; fp32, 4 bytes per trained parameter and average in all")
+        lines.append(
+            f"  EMA: {', '.join(wanted.ema.profiles())}; fp32, 4 bytes per trained parameter and average in all"
+        )
         if wanted.ema.warmup:
             lines.append("    decays warm up as min(decay, (1 + t) / (10 + t))")
         if wanted.ema.snapshot_every:

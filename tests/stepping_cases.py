@@ -1,4 +1,4 @@
-"""Cases over several processes for `test_precision`, `test_stepping` and `test_ema`: precision, skipped steps, averages.
+"""Cases over several processes for `test_precision`, `test_stepping` and `test_ema`.
 
 Each check returns what it found wrong, so that the same checks show what is right and that mutants are noticed.
 """
@@ -58,13 +58,11 @@ def cases(world: int) -> dict[str, Any]:
 def made(kind: str, config: dict[str, Any], optimizer: str = "adamw") -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model as it is trained, and its optimizer; on every process the same."""
     model = build(_DIT).eval()  # no label drop: processes draw alike
-    with mock.patch("opendit.patch.planner.disagreement", lambda *_, **__: None):  # others test that
+    with mock.patch("opendit.patch.planner.disagreement", return_value=None):  # others test that
         return _made(model, kind, config, optimizer)
 
 
-def _made(
-    model: Any, kind: str, config: dict[str, Any], optimizer: str
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _made(model: Any, kind: str, config: dict[str, Any], optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     if kind in ("alone", "ddp"):
         model, stepped = opendit.accelerate(model, config, optimizer=OPTIMIZERS[optimizer](model.parameters()))
         return (DistributedDataParallel(model) if kind == "ddp" else model), stepped
@@ -186,7 +184,7 @@ def gradients(kind: str, world: int, precision: str = "fp16") -> tuple[float, fl
             with torch.autocast("cpu", dtype=torch.float16):
                 out = plain(x, t, y)
             (out.float().square().mean() * small / len(ranks) * 2.0**16).backward()
-    model, stepped = made(kind, {"precision": precision})
+    model, _ = made(kind, {"precision": precision})
     for _ in range(2):
         (loss_of(model, 0 if kind == "alone" else dist.get_rank()) * small).backward()
     wanted = {n: p.grad for n, p in truth.named_parameters() if p.grad is not None}
@@ -273,12 +271,12 @@ def sharded(model: nn.Module) -> sharded_ema.ShardedEma:
 
 @contextlib.contextmanager
 def pytest_raises(kind: type[Exception], says: str) -> Iterator[None]:
+    said = "nothing"
     try:
         yield
     except kind as error:
-        assert says in str(error), error
-    else:
-        raise AssertionError(f"no {kind.__name__} saying {says!r}")
+        said = str(error)
+    assert says in said
 
 
 def stop() -> str:
@@ -338,7 +336,9 @@ def gathered_shards() -> list[str]:
             inside = model(*samples(0))
         after = model(*samples(0))
     state = opendit.ema_state_dict(model)
-    wrong = ["the EMA was not used"] * torch.equal(before, inside) + ["the EMA stayed"] * (not torch.equal(before, after))
+    wrong = ["the EMA was not used"] * torch.equal(before, inside) + ["the EMA stayed"] * (
+        not torch.equal(before, after)
+    )
     if state:
         fresh = build(_DIT).eval()
         fresh.load_state_dict(state)

@@ -39,7 +39,9 @@ def test_the_update_weighs_each_step_by_the_integral_of_its_profile(gamma):
     assert spread == pytest.approx(std_of(gamma), rel=0.02)
 
 
-@pytest.mark.parametrize(("a", "b"), [((30.0, 6.94), (20.0, 16.97)), ((20.0, 2.0), (20.0, 5.0)), ((7.0, 1.0), (9.0, 0.5))])
+@pytest.mark.parametrize(
+    ("a", "b"), [((30.0, 6.94), (20.0, 16.97)), ((20.0, 2.0), (20.0, 5.0)), ((7.0, 1.0), (9.0, 0.5))]
+)
 def test_inner_products_against_quadrature(a, b):
     n = 200_000
     s = (torch.arange(n, dtype=torch.float64) + 0.5) / n * min(a[0], b[0])
@@ -64,7 +66,9 @@ def test_synthesis_is_the_average_kept_directly(snapshots_taken, allowed, std, u
         return kept
 
     stored = [Power(gamma_of(s)) for s in (0.05, 0.10)]
-    snapshots = {(t, p.gamma): kept[t - 1] for p in stored for kept in [direct(p)] for t in range(every, upto + 1, every)}
+    snapshots = {
+        (t, p.gamma): kept[t - 1] for p in stored for kept in [direct(p)] for t in range(every, upto + 1, every)
+    }
     factors = synthesis(list(snapshots), (upto, gamma_of(std)))
     found = sum(f * s for f, s in zip(factors, snapshots.values(), strict=True))
     wanted = direct(Power(gamma_of(std)))[-1]
@@ -93,7 +97,11 @@ def test_descriptions():
         ({"stds": 0.3}, ValueError, "stds: got 0.3; allowed: numbers between 0 and 0.288"),
         ({"decays": 0.9, "warmup": 10}, TypeError, "warmup: got 10"),
         ({"stds": 0.1, "snapshot_every": 5}, ValueError, "snapshots: got None with snapshot_every=5"),
-        ({"decays": 0.9, "snapshot_every": 5, "snapshots": "x"}, ValueError, "Snapshots are of power-function averages"),
+        (
+            {"decays": 0.9, "snapshot_every": 5, "snapshots": "x"},
+            ValueError,
+            "Snapshots are of power-function averages",
+        ),
         ({"stds": 0.1, "snapshot_every": -1}, ValueError, "snapshot_every: got -1"),
     ],
 )

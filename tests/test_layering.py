@@ -14,7 +14,18 @@ PACKAGE = ROOT / "opendit"
 
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
-    "opendit": {"opendit.api", "opendit.config", "opendit.parallel", "opendit.patch.registry", "opendit.verify"},
+    "opendit": {
+        "opendit.api",
+        "opendit.attaching",
+        "opendit.config",
+        "opendit.ema",
+        "opendit.ema_profiles",
+        "opendit.ema_snapshots",
+        "opendit.parallel",
+        "opendit.patch.registry",
+        "opendit.stepping",
+        "opendit.verify",
+    },
     "opendit.parallel": {"opendit.api", "opendit.fastseq", "opendit.patch.core"},
     "opendit.__main__": {"opendit"},
     "opendit.verify": {
@@ -30,6 +41,7 @@ MAY_IMPORT = {
     },
     "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
     "opendit.api": {
+        "opendit.attaching",
         "opendit.config",
         "opendit.fastseq",
         "opendit.optim",
@@ -37,9 +49,31 @@ MAY_IMPORT = {
         "opendit.patch.core",
         "opendit.patch.graphs",
     },
-    "opendit.plan": {"opendit.attention", "opendit.config", "opendit.fastseq", "opendit.kernels", "opendit.patch"},
+    "opendit.plan": {
+        "opendit.attention",
+        "opendit.config",
+        "opendit.ema_profiles",
+        "opendit.fastseq",
+        "opendit.kernels",
+        "opendit.patch",
+        "opendit.stepping",
+    },
     "opendit.optim": {"opendit.config"},
-    "opendit.config": set(),
+    "opendit.config": {"opendit.ema_profiles"},
+    # Inside optimizer.step().
+    "opendit.ema": {
+        "opendit.api",
+        "opendit.everyone",
+        "opendit.pieces",
+        "opendit.sharded_ema",
+        "opendit.stepping",
+    },
+    "opendit.attaching": {"opendit.stepping"},
+    "opendit.stepping": {"opendit.ema_profiles", "opendit.everyone", "opendit.loss_scale", "opendit.sharded_ema"},
+    "opendit.loss_scale": {"opendit.patch.precision", "opendit.sharded_ema"},
+    "opendit.sharded_ema": {"opendit.ema_profiles", "opendit.ema_snapshots", "opendit.everyone", "opendit.pieces"},
+    "opendit.ema_snapshots": {"opendit.ema_profiles", "opendit.everyone"},
+    "opendit.ema_profiles": set(),
     "opendit.attention": set(),
     "opendit.fastseq": set(),
     "opendit.kernels": set(),

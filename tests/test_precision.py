@@ -68,7 +68,9 @@ def test_masters_that_are_not_fp32_are_refused(name, dtype):
     model = build(TINY[0])
     model.blocks[1].mlp.to(dtype)
     kinds = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=rf"precision: got '{name}', but 4 parameters are not fp32, such as blocks.1.mlp"):
+    with pytest.raises(
+        ValueError, match=rf"precision: got '{name}', but 4 parameters are not fp32, such as blocks.1.mlp"
+    ):
         opendit.accelerate(model, {"precision": name})
     assert [type(m) for m in model.modules()] == kinds
 
@@ -84,9 +86,8 @@ def test_compiled_copied_pickled_and_restored(name):
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     out = model(*inputs).detach()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for scale in (2.0**16, 2.0**10):  # read anew by what was compiled
-        if name == "fp16":
-            stepping.stepper_of(model).scale._set(scale)
+    for scale in (2.0**16, 2.0**10) if name == "fp16" else ():  # read anew by what was compiled
+        stepping.stepper_of(model).scale._set(scale)
         optimizer.zero_grad()
         compiled(*inputs).square().mean().backward()
         for n, p in model.named_parameters():
@@ -103,7 +104,10 @@ def test_compiled_copied_pickled_and_restored(name):
     optimizer.zero_grad()
     model(*inputs).square().mean().backward()
     plain(*inputs).square().mean().backward()
-    assert all(p.grad is None or torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(
+        p.grad is None or torch.equal(p.grad, q.grad)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+    )
 
 
 def test_a_copy_for_training_is_not_scaled(caplog):
@@ -163,6 +167,7 @@ def test_overflow_on_one_process_skips_the_step_on_all(kind):
     assert of_every_rank(CASES, 2, f"overflow/{kind}") == [[], []]
 
 
+@pytest.mark.slow
 def test_over_four_processes():
     for ours, theirs in of_every_rank(CASES, 4, "gradients/hybrid"):
         assert ours <= 1.2 * theirs

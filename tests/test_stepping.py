@@ -30,6 +30,7 @@ def test_one_process_has_a_nan_and_all_skip(kind, optimizer):
     assert of_every_rank(CASES, 2, f"skip/{kind}/{optimizer}") == [[], []]
 
 
+@pytest.mark.slow
 def test_over_four_processes():
     assert of_every_rank(CASES, 4, "skip/sharded/adamw") == [[]] * 4
 
@@ -111,6 +112,7 @@ def test_a_grad_scaler_of_the_users_own(fused, skip):
     theirs = OPTIMIZERS["fused" if fused else "adamw"](plain.parameters())
     opendit.accelerate(model, {"ema": 0.9, "skip_nonfinite": skip, "kernels": "reference"}, optimizer=ours)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16) for _ in range(2)]
+    gradients: list[torch.Tensor | None] = []
     for i in range(5):
         factor = 1e6 if i in (0, 2) else 1.0
         averages = {n: p.values.clone() for n, p in ema.pieces(model)["0.9"].items()}
@@ -118,10 +120,10 @@ def test_a_grad_scaler_of_the_users_own(fused, skip):
             with torch.autocast("cpu", dtype=torch.float16):
                 out = m(*samples(0))
             scaler.scale(out.float().square().mean() * factor).backward()
-            if m is plain:
-                for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-                    p.grad = gradient[q]
-            gradient = {p: None if p.grad is None else p.grad.clone() for p in m.parameters()}
+            if m is model:
+                gradients = [None if p.grad is None else p.grad.clone() for p in m.parameters()]
+            for p, gradient in zip(m.parameters(), gradients, strict=True):
+                p.grad = None if gradient is None else gradient.clone()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -194,9 +196,10 @@ def test_the_limit_is_of_steps_in_a_row(optimizer):
         stepped.zero_grad()
     loss_of(model, 0).backward()
     spoil(model)
-    with pytest.raises(opendit.NonFiniteGradients, match=r"2 steps in a row.*2 were taken before.*blocks.0.attn.qkv.weight"):
-        stepped.step()
-        stepping.stepper_of(model).settle()  # where nobody waited for the device
+    with pytest.raises(
+        opendit.NonFiniteGradients, match=r"2 steps in a row.*2 were taken before.*blocks.0.attn.qkv.weight"
+    ):
+        (stepped.step(), stepping.stepper_of(model).settle())  # where nobody waited for the device
 
 
 def test_explain_says_what_a_step_does():
@@ -210,7 +213,11 @@ def test_explain_says_what_a_step_does():
     before = said(model, config)
     opendit.accelerate(model, config)
     assert "(the model): its forward under fp16 autocast, fp32 out" in before
-    for line in ("all processes skip the step; 50 in a row", "loss scale: from 65536", "EMA: 0.9999, std0.1; fp32, 4 bytes"):
+    for line in (
+        "all processes skip the step; 50 in a row",
+        "loss scale: from 65536",
+        "EMA: 0.9999, std0.1; fp32, 4 bytes",
+    ):
         assert line in before
         assert line in said(model)
     assert "not attached to an optimizer yet" in said(model)
@@ -235,7 +242,7 @@ def test_what_can_not_be_attached_is_said(caplog):
     assert opendit.attach(model, optimizer) is optimizer
     with pytest.raises(ValueError, match="attached to another optimizer"):
         opendit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="nothing of it goes into optimizer.step"):
+    with pytest.raises(ValueError, match="nothing of it goes into"):
         opendit.attach(opendit.accelerate(build(TINY[0])), optimizer)
     twin = build(TINY[0])
     joint = torch.optim.SGD([*model.parameters(), *twin.parameters()], lr=0.1)

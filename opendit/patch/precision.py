@@ -9,8 +9,8 @@ fp16's gradients are scaled where they enter the model, and scaled back where th
     inputs        identity forward; backward dx/S, for inputs that need gradients
     parameters    `opendit/loss_scale.py`
 
-S is found when the backward runs, by the module's identity, in `SCALES`; a copy of the model is not in there, and is not
-scaled. Both ends are operators, so that `torch.compile` traces through them and reads S anew each time.
+S is found when the backward runs, by the module's identity, in `SCALES`; a copy of the model is not in there, and is
+not scaled. Both ends are operators, so that `torch.compile` traces through them and reads S anew each time.
 """
 
 from __future__ import annotations
