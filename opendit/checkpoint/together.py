@@ -1,0 +1,57 @@
+"""What all processes do together: agree, and fail together.
+
+Objects travel through a gloo group of our own: a background save must not mix its messages with the training's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from opendit.everyone import several
+
+if TYPE_CHECKING:  # some builds of torch have no distributed
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+# The group, with the default group that it was made for.
+_group: list[tuple[object, ProcessGroup]] = []
+
+
+def rank() -> int:
+    return dist.get_rank() if several() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if several() else 1
+
+
+def prepare() -> None:
+    """Makes the group. Every process calls it, from its main thread."""
+    if several() and (not _group or _group[0][0] is not dist.group.WORLD):
+        _group[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
+
+
+def everyones(value: T, problem: Exception | None = None) -> list[T]:
+    """Each process's `value`. Where one has a problem, all raise it."""
+    found: list[Any] = [(value, problem and (type(problem).__name__, str(problem)))]
+    if several():
+        mine, found = found[0], [None] * size()
+        dist.all_gather_object(found, mine, group=_group[0][1])
+    problems = [(r, *p) for r, (_, p) in enumerate(found) if p is not None]
+    if problems:
+        damaged = all(kind == DamagedCheckpointError.__name__ for _, kind, _ in problems)
+        error = DamagedCheckpointError if damaged else CheckpointError
+        if not several():
+            raise (error(str(problem)) if isinstance(problem, CheckpointError) else error(_named(problems[0]))) from problem
+        raise error("; ".join(f"rank {r}: {_named((r, kind, text))}" for r, kind, text in problems)) from problem
+    return [v for v, _ in found]
+
+
+def _named(problem: tuple[int, str, str]) -> str:
+    """The kind of an error of ours says nothing; that of another, such as OSError, does."""
+    _, kind, text = problem
+    return text if kind in (CheckpointError.__name__, DamagedCheckpointError.__name__) else f"{kind}: {text}"
