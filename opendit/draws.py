@@ -8,7 +8,7 @@ Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 20
 
 Normal numbers come from the inverse of their distribution (Wichura 1988, AS 241) in fp64, of which every operation is
 rounded exactly by IEEE 754, the logarithm included, which is written out: CPUs and GPUs give the same bits, as long as
-nobody fuses multiplications with additions. Hence the draws are left out of `torch.compile`.
+nobody fuses multiplications with additions. Hence `noise` refuses to be traced by `torch.compile`.
 
     B samples, n numbers for each; `ids` [B] int64 are the samples' numbers, such as `ResumableSampler.ids`.
 """
@@ -30,7 +30,6 @@ _NOISE, _TIMESTEPS, _DROPS, _UNIFORM = 0, 1, 2, 3
 _ORDER = 255
 
 
-@torch.compiler.disable
 def noise(
     shape: Sequence[int],
     seed: int,
@@ -48,13 +47,16 @@ def noise(
         ids: [B], which sample each row is for, 0 to 2⁵⁶ − 1. Equal ids get equal numbers.
 
     There are 2³² values up to ±6.34, exact to 1e-15 of themselves before they are rounded to `dtype`.
-    Raises `ValueError` and `TypeError` for what is out of range.
+    Raises `ValueError` and `TypeError` for what is out of range, `RuntimeError` under `torch.compile`.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "noise: was called inside torch.compile, which may round it otherwise; draw it outside and pass it in"
+        )
     bits = _bits(shape, seed, step, ids, device, _NOISE)
     return _normal((bits.double() + 0.5) * 2.0**-32).to(dtype)
 
 
-@torch.compiler.disable
 def uniform(
     shape: Sequence[int],
     seed: int,
@@ -71,7 +73,6 @@ def uniform(
     return (_bits(shape, seed, step, ids, device, _UNIFORM + stream) >> 8).float() * 2.0**-24
 
 
-@torch.compiler.disable
 def timesteps(
     high: int, seed: int, step: int, ids: Tensor | Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
@@ -83,7 +84,6 @@ def timesteps(
     return (_bits((), seed, step, ids, device, _TIMESTEPS) * high) >> 32
 
 
-@torch.compiler.disable
 def label_drop(
     probability: float, seed: int, step: int, ids: Tensor | Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
@@ -158,7 +158,7 @@ def _check_ids(ids: Tensor | Sequence[int], device: torch.device | str | None) -
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}; allowed: whole numbers [B], one a sample")
     ids = ids.long()
-    if ids.device.type == "cpu" and len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < 2**56):
+    if ids.device.type == "cpu" and len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < 2**56):
         # On a GPU looking would make the host wait.
         raise ValueError(f"ids: got {int(ids.min())} to {int(ids.max())}; allowed: 0 to 2⁵⁶ − 1")
     return ids if device is None else ids.to(device, non_blocking=True)

@@ -14,7 +14,29 @@ PACKAGE = ROOT / "opendit"
 
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
-    "opendit": {"opendit.api", "opendit.config", "opendit.parallel", "opendit.patch.registry", "opendit.verify"},
+    "opendit": {
+        "opendit.api",
+        "opendit.checkpoint",
+        "opendit.config",
+        "opendit.draws",
+        "opendit.parallel",
+        "opendit.patch.registry",
+        "opendit.sampler",
+        "opendit.verify",
+    },
+    "opendit.checkpoint": {
+        "opendit",
+        "opendit.api",
+        "opendit.attached",
+        "opendit.everyone",
+        "opendit.fastseq",
+        "opendit.parallel",
+        "opendit.patch.core",
+        "opendit.pieces",
+    },
+    "opendit.attached": {"opendit.pieces"},
+    "opendit.draws": set(),
+    "opendit.sampler": {"opendit.draws"},
     "opendit.parallel": {"opendit.api", "opendit.fastseq", "opendit.patch.core"},
     "opendit.__main__": {"opendit"},
     "opendit.verify": {

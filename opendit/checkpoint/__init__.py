@@ -3,6 +3,7 @@
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.loading import Loaded, latest_checkpoint, load
 from opendit.checkpoint.saving import Saving, save, wait
+from opendit.checkpoint.weights import load_weights, save_weights
 
 __all__ = [
     "CheckpointError",
@@ -11,6 +12,8 @@ __all__ = [
     "Saving",
     "latest_checkpoint",
     "load",
+    "load_weights",
     "save",
+    "save_weights",
     "wait",
 ]

@@ -1,12 +1,12 @@
 """All that a training run is made of, item by item: what `save` writes and `load` insists on.
 
-    model       parameters and persistent buffers
-    optimizer   moments, counters and options, by parameter name
-    ema         a module of averaged weights, or what `accelerate` attached
-    scheduler, scaler, sampler    their state_dict()
-    …           whatever else is attached to the model, such as the rule for skipped steps
-    rng         every process's random states
-    step, extra, config
+model       parameters and persistent buffers
+optimizer   moments, counters and options, by parameter name
+ema         a module of averaged weights, or what `accelerate` attached
+scheduler, scaler, sampler    their state_dict()
+…           whatever else is attached to the model, such as the rule for skipped steps
+rng         every process's random states
+step, extra, config
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ class Run:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model: got {type(self.model).__name__}; allowed: a torch.nn.Module")
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
-            raise TypeError(f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or None")
+            raise TypeError(
+                f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or None"
+            )
         if self.ema is not None and not isinstance(self.ema, nn.Module):
-            raise TypeError(f"ema: got {type(self.ema).__name__}; allowed: a torch.nn.Module of averaged weights, or None")
+            raise TypeError(
+                f"ema: got {type(self.ema).__name__}; allowed: a torch.nn.Module of averaged weights, or None"
+            )
         for name in WITH_STATE_DICT:
             value = getattr(self, name)
             if value is not None and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):

@@ -18,7 +18,9 @@ def open_plain(path: Path) -> BinaryIO:
     """`path` for reading, if it is a regular file and no link, pipe or device."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise DamagedCheckpointError(f"{path}: is no regular file (a folder, link, pipe or device); nothing was read")
+            raise DamagedCheckpointError(
+                f"{path}: is no regular file (a folder, link, pipe or device); nothing was read"
+            )
         return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: can't be opened ({error.strerror})") from error

@@ -105,7 +105,8 @@ def load(
 
 def _folder(path: Path) -> Path:
     """The one checkpoint to load, as rank 0 sees it."""
-    found, problem = None, None
+    found: Path | None = None
+    problem: Exception | None = None
     try:
         if together.rank() == 0:
             if (path / ".metadata").exists():
@@ -153,7 +154,9 @@ def _with_intact(error: DamagedCheckpointError, folder: Path, damaged: str | Non
             continue
         intact = name
         break
-    advice = f"the newest intact checkpoint before it is {folder / intact}" if intact else "there is no intact one before it"
+    advice = (
+        f"the newest intact checkpoint before it is {folder / intact}" if intact else "there is no intact one before it"
+    )
     found = DamagedCheckpointError(f"{error}. Nothing was loaded; {advice}")
     found.intact = intact
     return found
@@ -172,7 +175,7 @@ class _Pending:
         self._items = self._chosen(leave)
         self._rng = "rng" not in leave
         self._values = {n: self._decoded(self._shared, n) for n in (*_ALWAYS, *self._items) if n != "optimizer"}
-        self._random = self._random_states() if self._rng else None
+        self._random: Any = self._random_states() if self._rng else None
         self._pieces = module_pieces(run.model, "model")
         self._optimizer = None
         if run.ema is not None and "ema" in self._items:
@@ -201,18 +204,17 @@ class _Pending:
         return given
 
     def _decoded(self, values: Mapping[str, Any], name: str) -> Any:
-        prefixes = (f"{name}.", name)
-        mine = [k for k in self._shards.records if k == name or k.startswith(prefixes[0])]
+        mine = [k for k in self._shards.records if k == name or k.startswith(f"{name}.")]
         return decode(values[name], {key: self._shards.whole(key) for key in mine})
 
     def _random_states(self) -> Any:
         """This process's own where the layout is the saved one, else rank 0's, to seed from."""
         name = f"rng/{together.rank()}"
         same = self._values["layout"] == self._run.layout()
-        for needed in (name if same else "rng/0",):
-            if needed not in self._own:
-                raise CheckpointError(f"{needed}: the checkpoint does not hold this process's random states")
-            return self._decoded(self._own, needed)
+        needed = name if same else "rng/0"
+        if needed not in self._own:
+            raise CheckpointError(f"{needed}: the checkpoint does not hold the random states of that process")
+        return self._decoded(self._own, needed)
 
     def _check_pieces(self, pieces: Mapping[str, Piece], whole: tuple[str, ...]) -> None:
         """Each fits what was saved under its name; under the prefixes `whole` nothing else was saved."""

@@ -60,7 +60,8 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if _KIND not in value:
         return {k: decode(v, tensors) for k, v in value.items()}
-    kind, content = value[_KIND], value.get("is")
+    kind: Any = value[_KIND]
+    content: Any = value.get("is")
     try:
         if kind == "float":
             return float(content)

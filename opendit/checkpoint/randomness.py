@@ -31,7 +31,7 @@ def states() -> dict[str, Any]:
             "position": int(state["state"]["pos"]),
             "gauss": (int(state["has_gauss"]), float(state["gauss"])),
         }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = {"states": torch.cuda.get_rng_state_all(), "current": torch.cuda.current_device()}
     return found
 

@@ -46,7 +46,9 @@ def everyones(value: T, problem: Exception | None = None) -> list[T]:
         damaged = all(kind == DamagedCheckpointError.__name__ for _, kind, _ in problems)
         error = DamagedCheckpointError if damaged else CheckpointError
         if not several():
-            raise (error(str(problem)) if isinstance(problem, CheckpointError) else error(_named(problems[0]))) from problem
+            raise (
+                error(str(problem)) if isinstance(problem, CheckpointError) else error(_named(problems[0]))
+            ) from problem
         raise error("; ".join(f"rank {r}: {_named((r, kind, text))}" for r, kind, text in problems)) from problem
     return [v for v, _ in found]
 
