@@ -29,7 +29,7 @@ from opendit.checkpoint.plain import encode
 from opendit.patch.core import plan_of
 from opendit.pieces import Piece, piece_of
 
-WITH_STATE_DICT = ("scheduler", "scaler", "sampler")
+WITH_STATE_DICT = ("sampler", "scheduler", "scaler")  # the sampler may refuse, so it comes first
 
 
 @dataclass

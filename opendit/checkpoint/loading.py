@@ -89,6 +89,10 @@ def load(
     pending, problem = None, None
     try:
         pending = _Pending(folder, content, run, frozenset(leave))
+    except CheckpointError as error:
+        problem = error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        problem = DamagedCheckpointError(f"{folder / manifest.INDEX}: does not describe a run ({error!r})")
     except Exception as error:
         problem = error
     together.everyones(None, problem)

@@ -104,9 +104,10 @@ class OptimizerLoad:
         self.pieces: dict[str, Piece] = {}
         for name, (p, group) in parameters.items():
             for key in _tensor_keys(saved["values"][name]):
-                self._add(key, _room(key, p, group, optimizer.state.get(p, {}), records[key]))
+                self._add(key, _room(key, p, group, optimizer.state.get(p, {}), _record(records, key)))
         for key in _tensor_keys(saved["groups"]):
-            self._add(key, torch.empty(records[key]["shape"], dtype=getattr(torch, records[key]["dtype"])))
+            record = _record(records, key)
+            self._add(key, torch.empty(record["shape"], dtype=getattr(torch, record["dtype"])))
 
     def _add(self, key: str, tensor: Tensor) -> None:
         self._tensors[key] = tensor
@@ -138,6 +139,12 @@ def _tensor_keys(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for v in value:
             yield from _tensor_keys(v)
+
+
+def _record(records: Mapping[str, Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    if key not in records:
+        raise CheckpointError(f"{key}: the checkpoint does not hold it")
+    return records[key]
 
 
 def _room(key: str, p: Tensor, group: Mapping[str, Any], now: Mapping[str, Any], record: Mapping[str, Any]) -> Tensor:

@@ -58,10 +58,22 @@ def write(folder: Path, rank: int, ranges: Mapping[str, Tensor]) -> dict[str, di
     written = {}
     for number, part in enumerate(_parts(ranges)):
         path = folder / f"shard-{rank:05d}-{number:05d}.safetensors"
-        save_file({key: values.cpu() for key, values in part.items()}, path)
+        save_file(_apart(part), path)
         disk.flush(path)
         written[path.name] = {**manifest.file_record(path), "holds": list(part)}
     return written
+
+
+def _apart(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and no two in one memory, which the library refuses: tied weights are written under each name."""
+    seen: set[int] = set()
+    found = {}
+    for key, values in part.items():
+        values = values.cpu()
+        pointer = values.untyped_storage().data_ptr()
+        found[key] = values.clone() if pointer in seen else values
+        seen.add(pointer)
+    return found
 
 
 def _parts(ranges: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -37,7 +37,7 @@ def prepare() -> None:
 
 def everyones(value: T, problem: Exception | None = None) -> list[T]:
     """Each process's `value`. Where one has a problem, all raise it."""
-    found: list[Any] = [(value, problem and (type(problem).__name__, str(problem)))]
+    found: list[Any] = [(value, problem and (type(problem).__name__, " ".join(str(problem).split())))]
     if several():
         mine, found = found[0], [None] * size()
         dist.all_gather_object(found, mine, group=_group[0][1])
