@@ -257,11 +257,11 @@ class _Pending:
         if self._values["layout"] == self._run.layout():
             randomness.restore(self._random)
             return
-        logger.warning(
-            "the checkpoint was saved by %s and is loaded by %s: random states can't continue, and are seeded anew from "
-            "the saved ones",
-            self._values["layout"],
-            self._run.layout(),
-        )
+        if together.rank() == 0:
+            logger.warning(
+                "saved by %s, loaded by %s: random states can't continue, and are seeded anew from the saved ones",
+                self._values["layout"],
+                self._run.layout(),
+            )
         model = self._run.model
         randomness.derive(self._random["torch"], parallel.data_parallel_rank(model), parallel.data_parallel_size(model))

@@ -31,14 +31,18 @@ class Saving:
 
     def wait(self) -> Path:
         """The checkpoint's folder, once it is on the disk; raises what went wrong while it was written."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._settle()
         if self._path is None:
             raise CheckpointError("save: it failed, as was raised before")
         return self._path
+
+    def _settle(self) -> None:
+        """Waits for the thread; raises what went wrong, the first time."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 # The one save that may be under way in this process.
@@ -48,7 +52,7 @@ _last: list[Saving] = []
 def wait() -> None:
     """Waits for a save in the background; raises what went wrong with it, once."""
     while _last:
-        _last.pop().wait()
+        _last.pop()._settle()
 
 
 def save(

@@ -37,23 +37,27 @@ def prepare() -> None:
 
 def everyones(value: T, problem: Exception | None = None) -> list[T]:
     """Each process's `value`. Where one has a problem, all raise it."""
-    found: list[Any] = [(value, problem and (type(problem).__name__, " ".join(str(problem).split())))]
+    told = None
+    if problem is not None:
+        text = " ".join(str(problem).split())
+        told = (type(problem).__name__, text, getattr(problem, "intact", None))
+    found: list[Any] = [(value, told)]
     if several():
-        mine, found = found[0], [None] * size()
-        dist.all_gather_object(found, mine, group=_group[0][1])
+        found = [None] * size()
+        dist.all_gather_object(found, (value, told), group=_group[0][1])
     problems = [(r, *p) for r, (_, p) in enumerate(found) if p is not None]
-    if problems:
-        damaged = all(kind == DamagedCheckpointError.__name__ for _, kind, _ in problems)
-        error = DamagedCheckpointError if damaged else CheckpointError
-        if not several():
-            raise (
-                error(str(problem)) if isinstance(problem, CheckpointError) else error(_named(problems[0]))
-            ) from problem
-        raise error("; ".join(f"rank {r}: {_named((r, kind, text))}" for r, kind, text in problems)) from problem
-    return [v for v, _ in found]
+    if not problems:
+        return [v for v, _ in found]
+    damaged = all(kind == DamagedCheckpointError.__name__ for _, kind, _, _ in problems)
+    ranks = [f"rank {r}: " if several() else "" for r, *_ in problems]
+    error = (DamagedCheckpointError if damaged else CheckpointError)(
+        "; ".join(rank + _named(kind, text) for rank, (_, kind, text, _) in zip(ranks, problems, strict=True))
+    )
+    if isinstance(error, DamagedCheckpointError):
+        error.intact = problems[0][3]
+    raise error from problem
 
 
-def _named(problem: tuple[int, str, str]) -> str:
+def _named(kind: str, text: str) -> str:
     """The kind of an error of ours says nothing; that of another, such as OSError, does."""
-    _, kind, text = problem
     return text if kind in (CheckpointError.__name__, DamagedCheckpointError.__name__) else f"{kind}: {text}"

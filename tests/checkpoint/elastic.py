@@ -139,6 +139,7 @@ def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
         if world.enter(saved[0] * saved[1]):
             run = Run(saved, 0)
             run.train(2)
+            opendit.seed(3, opendit.api.unwrap(run.model))
             opendit.save(folder / _name(saved), run.model, run.optimizer, step=2, **run.parts())
             facts = run.facts()
             if rank == 0:
