@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,7 +53,8 @@ class Counter:
 class Trainer:
     """`seed` differs between the run that is saved and the one that is loaded into: nothing may be alike by chance."""
 
-    def __init__(self, seed: int, *, dim: int = 16, depth: int = 1, accelerate: bool = False, attached: bool = True):
+    def __init__(self, seed: int, *, dim: int = 16, depth: int = 1, accelerate: bool = False, attached: bool = True, rank: int = 0, ranks: int = 1):
+        seed = seed * ranks + rank  # other data and draws in each process; DDP makes the models alike
         torch.manual_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed)
@@ -60,12 +62,13 @@ class Trainer:
         decayed = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.endswith("bias")]
         others = [p for n, p in self.model.named_parameters() if p.requires_grad and n.endswith("bias")]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.1 + seed}, {"params": others, "weight_decay": 0.0}],
-            lr=1e-2 * (seed + 1),
+            [{"params": decayed, "weight_decay": 0.1 + seed // ranks}, {"params": others, "weight_decay": 0.0}],
+            lr=1e-2 * (seed // ranks + 1),
             amsgrad=True,
         )
         if accelerate:
             self.model, self.optimizer = opendit.accelerate(self.model, optimizer=self.optimizer)
+        self.net = nn.parallel.DistributedDataParallel(self.model) if ranks > 1 else self.model
         self.scheduler = torch.optim.lr_scheduler.SequentialLR(
             self.optimizer,
             [
@@ -74,10 +77,10 @@ class Trainer:
             ],
             milestones=[3],
         )
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed * 4, growth_interval=2)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (seed // ranks) * 4, growth_interval=2)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.rule = Counter(self.model) if attached else None
-        self.sampler = opendit.ResumableSampler(SAMPLES, 4, seed=3)
+        self.sampler = opendit.ResumableSampler(SAMPLES, 4, seed=3, rank=rank, ranks=ranks)
         self.loader = DataLoader(Images(), batch_sampler=self.sampler)
         self.losses: list[float] = []
         self.step = 0
@@ -90,7 +93,7 @@ class Trainer:
             t = opendit.timesteps(1000, 1, self.step, self.sampler.ids)
             # The label drop of UserDiT draws from torch; these from the others.
             x = x * (1 + 0.1 * random.random()) + float(numpy.random.randn()) * 0.1
-            out = self.model(x + noise, t, y)
+            out = self.net(x + noise, t, y)
             loss = (out[:, :4] - noise).square().mean()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
@@ -105,7 +108,7 @@ class Trainer:
                 self.rule.scale *= 1.5
                 for name, p in self.model.named_parameters():
                     self.rule.sums[name] += p.detach()
-            self.losses.append(loss.item())
+            self.losses.append(_mean(loss).item())
             self.step += 1
             if after_step is not None:
                 after_step()
@@ -144,6 +147,14 @@ class Trainer:
         found |= {"rng python": random.getstate(), "rng numpy": (key.tolist(), place, gauss)}
         found["rng torch"] = torch.get_rng_state()
         return copy.deepcopy(found)
+
+
+def _mean(loss: torch.Tensor) -> torch.Tensor:
+    """Over the processes: what is saved beside the model must be equal in all."""
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    return loss
 
 
 def _flat(value: Any, name: str = ""):
