@@ -17,18 +17,18 @@ from opendit.pieces import Piece
 
 @dataclass(frozen=True)
 class Attached:
-    """One thing's state.
+    """How one thing's state is read and written; each function is given the model, so that nothing here keeps it alive.
 
     Args:
-        state: its numbers, as plain Python values.
-        load_state: takes such values back.
-        pieces: this process's pieces of its tensors, by name; writing to their values loads them. Called after
-            `load_state` when loading, so that it may make them.
+        state: the thing's numbers, as plain Python values.
+        load_state: takes such values back; raises `ValueError`, before it changes anything, where they don't fit.
+        pieces: this process's pieces of its tensors, by name; writing to their values loads them. When loading it is
+            called after `load_state`, which may make room for them.
     """
 
-    state: Callable[[], Mapping[str, Any]]
-    load_state: Callable[[Mapping[str, Any]], None]
-    pieces: Callable[[], Mapping[str, Piece]] = dict
+    state: Callable[[nn.Module], Mapping[str, Any]]
+    load_state: Callable[[nn.Module, Mapping[str, Any]], None]
+    pieces: Callable[[nn.Module], Mapping[str, Piece]] = lambda model: {}
 
 
 _attached: WeakKeyDictionary[nn.Module, dict[str, Attached]] = WeakKeyDictionary()
@@ -39,5 +39,11 @@ def attach(model: nn.Module, name: str, thing: Attached) -> None:
     _attached.setdefault(model, {})[name] = thing
 
 
+def detach(model: nn.Module, name: str) -> None:
+    """Undoes `attach`, if it was done."""
+    _attached.get(model, {}).pop(name, None)
+
+
 def attached(model: nn.Module) -> dict[str, Attached]:
+    """What is attached to `model`, by name."""
     return dict(_attached.get(model, {}))

@@ -156,8 +156,15 @@ def test_numbers_stay_what_they_are():
     """As of the first version: other numbers would change what a resumed run sees."""
     assert draws.permutation(8, 0, 0).tolist() == [0, 6, 5, 1, 2, 4, 3, 7]
     assert opendit.timesteps(1000, 0, 1, range(8)).tolist() == [586, 356, 250, 533, 608, 850, 110, 804]
-    assert [v.hex() for v in opendit.noise((3,), 0, 1, [2]).flatten().tolist()] == ["-0x1.32fe480000000p+1", "-0x1.cae7800000000p-1", "-0x1.753a960000000p-1"]
-    assert [v.hex() for v in opendit.uniform((2,), 0, 1, [2], stream=1).flatten().tolist()] == ["0x1.044de40000000p-1", "0x1.3240600000000p-3"]
+    assert [v.hex() for v in opendit.noise((3,), 0, 1, [2]).flatten().tolist()] == [
+        "-0x1.32fe480000000p+1",
+        "-0x1.cae7800000000p-1",
+        "-0x1.753a960000000p-1",
+    ]
+    assert [v.hex() for v in opendit.uniform((2,), 0, 1, [2], stream=1).flatten().tolist()] == [
+        "0x1.044de40000000p-1",
+        "0x1.3240600000000p-3",
+    ]
     assert opendit.label_drop(0.3, 0, 1, range(16)).nonzero().flatten().tolist() == [3, 7, 10, 14, 15]
 
 

@@ -104,6 +104,9 @@ def test_arguments(args, kwargs, match):
 
 def test_another_order_is_refused():
     sampler = opendit.ResumableSampler(20, 4, seed=1)
-    for other, match in ((opendit.ResumableSampler(21, 4, seed=1), "size=20"), (opendit.ResumableSampler(20, 4), "seed=1")):
+    for other, match in (
+        (opendit.ResumableSampler(21, 4, seed=1), "size=20"),
+        (opendit.ResumableSampler(20, 4), "seed=1"),
+    ):
         with pytest.raises(ValueError, match=match):
             other.load_state_dict(sampler.state_dict())

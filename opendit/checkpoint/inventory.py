@@ -94,9 +94,10 @@ def collect(run: Run, step: int, extra: Any, config: Any) -> State:
     for name in WITH_STATE_DICT:
         if getattr(run, name) is not None:
             _put(state, state.shared, name, getattr(run, name).state_dict())
-    for name, thing in attached(unwrap(run.model)).items():
-        _put(state, state.shared, name, dict(thing.state()))
-        state.pieces.update((f"{name}/{key}", piece) for key, piece in thing.pieces().items())
+    target = unwrap(run.model)
+    for name, thing in attached(target).items():
+        _put(state, state.shared, name, dict(thing.state(target)))
+        state.pieces.update((f"{name}/{key}", piece) for key, piece in thing.pieces(target).items())
     state.shared["layout"] = run.layout()
     for name, value in (("step", step), ("extra", extra), ("config", config), ("made by", _made_by(run.model))):
         _put(state, state.shared, name, value)

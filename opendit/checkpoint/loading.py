@@ -239,10 +239,11 @@ class _Pending:
         for name in WITH_STATE_DICT:  # first, for they may refuse
             if name in self._items:
                 getattr(run, name).load_state_dict(self._values[name])
-        for name, thing in attached(unwrap(run.model)).items():
+        target = unwrap(run.model)
+        for name, thing in attached(target).items():
             if name in self._items:
-                thing.load_state(self._values[name])
-                pieces = {f"{name}/{key}": piece for key, piece in thing.pieces().items()}
+                thing.load_state(target, self._values[name])
+                pieces = {f"{name}/{key}": piece for key, piece in thing.pieces(target).items()}
                 self._check_pieces(pieces, (name,))
                 self._pieces.update(pieces)
         for key, piece in self._pieces.items():

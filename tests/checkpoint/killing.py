@@ -117,7 +117,10 @@ class Ranks:
 
 def _bytes(value) -> bytes:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return (
+            f"{value.dtype} {tuple(value.shape)}".encode()
+            + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return repr(value).encode()
 
 
@@ -129,7 +132,15 @@ def trials(count: int, ranks: int, seed: int) -> dict[str, object]:
     first = Ranks(start, ranks, False, save=False)
     assert set(first.wait(60)) == {0}, _errors(root)
     expected = first.facts()
-    figures = {"trials": 0, "inside a save": 0, "while writing": 0, "loadable": 0, "bit-exact": 0, "hung": 0, "ranks": ranks}
+    figures = {
+        "trials": 0,
+        "inside a save": 0,
+        "while writing": 0,
+        "loadable": 0,
+        "bit-exact": 0,
+        "hung": 0,
+        "ranks": ranks,
+    }
     wrong: list[str] = []
     length = _time(root, start, ranks)
     while figures["trials"] < count:
@@ -164,7 +175,9 @@ def trials(count: int, ranks: int, seed: int) -> dict[str, object]:
             wrong.append(f"trial {figures['trials']}: of {names}: {_errors(root)}")
         else:
             figures["loadable"] += 1
-            changed = [n for a, b in zip(again.facts(), expected, strict=True) for n in {**a, **b} if a.get(n) != b.get(n)]
+            changed = [
+                n for a, b in zip(again.facts(), expected, strict=True) for n in {**a, **b} if a.get(n) != b.get(n)
+            ]
             figures["bit-exact"] += not changed
             wrong += [f"trial {figures['trials']}: {changed[:5]}"] if changed else []
         for path in [folder, *root.glob(f"{folder.name}.*")]:

@@ -40,20 +40,30 @@ class Counter:
         self.sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         attach(model, "rule", Attached(self._state, self._load, self._pieces))
 
-    def _state(self):
+    def _state(self, model):
         return {"taken": self.taken, "scale": self.scale}
 
-    def _load(self, state):
+    def _load(self, model, state):
         self.taken, self.scale = state["taken"], state["scale"]
 
-    def _pieces(self):
+    def _pieces(self, model):
         return {name: piece_of(value) for name, value in self.sums.items()}
 
 
 class Trainer:
     """`seed` differs between the run that is saved and the one that is loaded into: nothing may be alike by chance."""
 
-    def __init__(self, seed: int, *, dim: int = 16, depth: int = 1, accelerate: bool = False, attached: bool = True, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self,
+        seed: int,
+        *,
+        dim: int = 16,
+        depth: int = 1,
+        accelerate: bool = False,
+        attached: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         seed = seed * ranks + rank  # other data and draws in each process; DDP makes the models alike
         torch.manual_seed(seed)
         random.seed(seed)

@@ -15,7 +15,7 @@ def _check(found, pairs):
 
 
 def test_loaded_elsewhere_is_what_was_saved():
-    _check(of_every_rank("tests.checkpoint.elastic", 4, "some"), elastic.SOME)
+    _check(of_every_rank("tests.checkpoint.elastic", 4, "some", 600.0), elastic.SOME)
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import pytest
 
 def _killed(trials: int, ranks: int, limit: float) -> dict:
     command = [sys.executable, "-m", "tests.checkpoint.killing", str(trials), str(ranks), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parent.parent.parent
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

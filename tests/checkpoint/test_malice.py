@@ -116,8 +116,9 @@ WEIGHTS = {
     "backwards.safetensors": lambda p, t: _header(p, {**_W, "bias": {**_B["bias"], "data_offsets": [32, 24]}}),
     "dtype.safetensors": lambda p, t: _header(p, {**_W, "bias": {**_B["bias"], "dtype": "OBJECT"}}),
     "same_name_twice.safetensors": lambda p, t: _header(
-        p, b'{"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"bias":{"dtype":"F32","shape":[2],'
-        b'"data_offsets":[24,32]},"bias":{"dtype":"F32","shape":[2],"data_offsets":[24,32]}}'
+        p,
+        b'{"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"bias":{"dtype":"F32","shape":[2],'
+        b'"data_offsets":[24,32]},"bias":{"dtype":"F32","shape":[2],"data_offsets":[24,32]}}',
     ),
     "nested.safetensors": lambda p, t: _header(p, b'{"a":' * 100_000),
     "not_utf8.safetensors": lambda p, t: _header(p, b'{"\xff": 1}'),
@@ -165,7 +166,10 @@ def _folder_with(folder: Path, name: str, make) -> None:
 FOLDERS = {
     "index_up": lambda f, t: _index(f, {"weight": "../outside.safetensors", "bias": "w.safetensors"}),
     "index_absolute": lambda f, t: _index(f, dict.fromkeys(("weight", "bias"), str(f.parent / "outside.safetensors"))),
-    "index_pickle": lambda f, t: (_index(f, dict.fromkeys(("weight", "bias"), "x.bin")), torch.save(Bomb(t), f / "x.bin")),
+    "index_pickle": lambda f, t: (
+        _index(f, dict.fromkeys(("weight", "bias"), "x.bin")),
+        torch.save(Bomb(t), f / "x.bin"),
+    ),
     "index_twice": lambda f, t: _index(f, '{"weight_map": {"weight": "w.safetensors", "weight": "w.safetensors"}}'),
     "index_no_map": lambda f, t: _index(f, '{"weight_map": ["w.safetensors"]}'),
     "index_nested": lambda f, t: _index(f, "[" * 200_000),
@@ -253,8 +257,9 @@ _RECORD = {"sha256": "0" * 64, "size": 1}
 CHECKPOINTS = {
     "huge shape": lambda f, t: _edit(f, _set(*_WEIGHT, "shape", [1 << 40, 1 << 20])),
     "negative shape": lambda f, t: _edit(f, _set(*_WEIGHT, "shape", [-2, -3])),
-    "huge range": lambda f, t: _edit(f, lambda i: i["tensors"]["model/weight"].update(
-        shape=[1 << 40], pieces=[[0, 1 << 40, _SHARD]])),
+    "huge range": lambda f, t: _edit(
+        f, lambda i: i["tensors"]["model/weight"].update(shape=[1 << 40], pieces=[[0, 1 << 40, _SHARD]])
+    ),
     "float shape": lambda f, t: _edit(f, _set(*_WEIGHT, "shape", [2.0, 3.0])),
     "text shape": lambda f, t: _edit(f, _set(*_WEIGHT, "shape", "23")),
     "overlapping ranges": lambda f, t: _edit(f, _set(*_WEIGHT, "pieces", [[0, 4, _SHARD], [2, 6, _SHARD]])),
@@ -333,8 +338,13 @@ def _unsafe(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.split(".")[0] in _MODULES or "checkpoint" in a.name.split(".")[1:]
-                      and a.name.startswith("torch.distributed")]
+            found += [
+                a.name
+                for a in node.names
+                if a.name.split(".")[0] in _MODULES
+                or "checkpoint" in a.name.split(".")[1:]
+                and a.name.startswith("torch.distributed")
+            ]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             if node.module.split(".")[0] in _MODULES or node.module.startswith("torch.distributed.checkpoint"):
                 found.append(node.module)
