@@ -192,5 +192,5 @@ def test_more_arguments():
         opendit.timesteps(0, 0, 0, [1])
     with pytest.raises(ValueError, match="stream: got 252"):
         opendit.uniform((), 0, 0, [1], stream=252)
-    with pytest.raises(ValueError, match="probability: got 1.5"):
+    with pytest.raises(ValueError, match=r"probability: got 1\.5"):
         opendit.label_drop(1.5, 0, 0, [1])

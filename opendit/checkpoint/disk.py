@@ -7,8 +7,8 @@
         step-00000200-2/        step 200, saved again
         step-00000300.tmp-…/    being written, or left by a process that was killed; nobody reads it
 
-A checkpoint is written into a `.tmp-` folder; each file and the folder are flushed to the disk, then it gets its name by
-one rename, the parent is flushed, and only then `latest` changes, by a rename as well.
+A checkpoint is written into a `.tmp-` folder; each file and the folder are flushed to the disk, then it gets its name
+by one rename, the parent is flushed, and only then `latest` changes, by a rename as well.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def flush(path: Path) -> None:
 
 
 def keep_newest(folder: Path, name: str, keep: int) -> None:
-    """Removes all but `keep` checkpoints up to `name`, which was just saved. Later ones, of a run that went further before
-    it was taken back, stay.
+    """Removes all but `keep` checkpoints up to `name`, which was just saved. Later ones, of a run that went further
+    before it was taken back, stay.
 
     A folder gets a temporary name first, so that what is removed by halves is never taken for a checkpoint.
     """

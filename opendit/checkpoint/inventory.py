@@ -58,7 +58,7 @@ class Run:
             value = getattr(self, name)
             if value is not None and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
                 raise TypeError(
-                    f"{name}: got {type(value).__name__}; allowed: something with state_dict and load_state_dict, or None"
+                    f"{name}: got {type(value).__name__}; allowed: what has state_dict and load_state_dict, or None"
                 )
         if self.ema is not None and "ema" in attached(unwrap(self.model)):
             raise ValueError("ema: got a module, but accelerate gave this model an EMA of its own; leave ema out")
@@ -133,6 +133,6 @@ def check_finite(values: Mapping[str, torch.Tensor]) -> None:
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CheckpointError(
-            f"{', '.join(bad[:3])}{more}: holds numbers that are not finite; nothing was saved, earlier checkpoints stay. Go "
-            "back to the last one, with a lower learning rate or gradient clipping"
+            f"{', '.join(bad[:3])}{more}: holds numbers that are not finite; nothing was saved, the last checkpoint stays. "
+            "Go back to the last one, with a lower learning rate or gradient clipping"
         )

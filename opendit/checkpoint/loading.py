@@ -2,8 +2,8 @@
 
     manifest → every file's hash → index → does each tensor fit? → fill → plain values → random states
 
-Everything up to the filling only reads. A process needs the ranges that it holds now, whoever wrote them, so any division
-over processes can be read into any other.
+Everything up to the filling only reads. A process needs the ranges that it holds now, whoever wrote them, so any
+division over processes can be read into any other.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def load(
         leave: names of what is not to be loaded although it is there: `"optimizer"`, `"scheduler"`, `"scaler"`,
             `"sampler"`, `"ema"`, `"rng"`, or another attached thing's.
 
-    With as many processes as saved it, and the same `sp_size`, the random states continue and the run is the uninterrupted
-    one to the bit. Otherwise every process is seeded anew from the saved state, equally where a sequence is shared; draw
-    from `opendit.noise` and its like to have the same numbers then too.
+    With as many processes as saved it, and the same `sp_size`, the random states continue and the run is the
+    uninterrupted one to the bit. Otherwise every process is seeded anew from the saved state, equally where a sequence
+    is shared; draw from `opendit.noise` and its like to have the same numbers then too.
 
     Raises:
         DamagedCheckpointError: the files are not what was saved; it names the newest intact checkpoint before.

@@ -42,8 +42,8 @@ def _parameters(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[int, s
         for p in group["params"]:
             if id(p) not in names:
                 raise CheckpointError(
-                    f"optimizer: a parameter of shape {tuple(p.shape)} in its group {number} is not one of the model's; "
-                    "pass a module that holds all of them, such as torch.nn.ModuleDict"
+                    f"optimizer: a parameter of shape {tuple(p.shape)} in its group {number} is not one of the "
+                    "model's; pass a module that holds all of them, such as torch.nn.ModuleDict"
                 )
             yield number, names[id(p)], p
     strangers = [key for key in optimizer.state if not (isinstance(key, Tensor) and id(key) in names)]
@@ -148,7 +148,7 @@ def _record(records: Mapping[str, Mapping[str, Any]], key: str) -> Mapping[str, 
 
 
 def _room(key: str, p: Tensor, group: Mapping[str, Any], now: Mapping[str, Any], record: Mapping[str, Any]) -> Tensor:
-    """An empty tensor for the saved state `key` of `p`: where the optimizer has one already, or as torch would make it."""
+    """An empty tensor for the saved state `key` of `p`: like the optimizer's own, or as torch would make it."""
     shape, dtype = tuple(record["shape"]), getattr(torch, record["dtype"])
     like = now.get(key.rpartition("/")[2])
     if isinstance(like, Tensor) and tuple(like.shape) == shape:
@@ -157,8 +157,8 @@ def _room(key: str, p: Tensor, group: Mapping[str, Any], now: Mapping[str, Any],
         return torch.empty_like(p.detach(), dtype=dtype)
     if shape and hasattr(p, "device_mesh"):
         raise CheckpointError(
-            f"{key}: has shape {shape}, the parameter {tuple(p.shape)}, and how the optimizer would divide it is not known "
-            "before its first step; take one step, then load"
+            f"{key}: has shape {shape}, the parameter {tuple(p.shape)}, and how the optimizer would divide it is not "
+            "known before its first step; take one step, then load"
         )
     on_host = not shape and not (group.get("fused") or group.get("capturable"))
     return torch.empty(shape, dtype=dtype, device="cpu" if on_host else p.device)

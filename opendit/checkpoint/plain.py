@@ -47,8 +47,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         pairs = [[encode(k, name, {}), encode(v, f"{name}.{k}", tensors)] for k, v in value.items()]
         return {_KIND: "counter" if type(value) is Counter else "dict", "is": pairs}
     raise CheckpointError(
-        f"{name}: got {type(value).__module__}.{type(value).__qualname__}; allowed: None, bool, int, float, str, bytes, "
-        "tensors, and lists, tuples and dicts of them. Nothing is pickled: turn it into these first"
+        f"{name}: got {type(value).__module__}.{type(value).__qualname__}; allowed: None, bool, int, float, str, "
+        "bytes, tensors, and lists, tuples and dicts of them. Nothing is pickled: turn it into these first"
     )
 
 

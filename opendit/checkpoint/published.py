@@ -3,10 +3,10 @@
     {"model": state dict, "ema": state dict, "opt": …, "args": argparse.Namespace}      a training run's
     state dict                                                                          published weights
 
-torch's reader with `weights_only=True` builds tensors and containers and calls nothing else. The name argparse.Namespace
-is let in for an inert class of ours that stands in its place, so not even that class of the standard library is made; its
-content is thrown away. Archives must be zip files whose entries are stored as they are: torch writes no others, and one
-that was compressed could unfold into any size.
+torch's reader with `weights_only=True` builds tensors and containers and calls nothing else. The name
+argparse.Namespace is let in for an inert class of ours that stands in its place, so not even that class of the
+standard library is made; its content is thrown away. Archives must be zip files whose entries are stored as they are:
+torch writes no others, and one that was compressed could unfold into any size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Arguments:
 def read(path: Path, which: str | None) -> dict[str, Tensor]:
     """The state dict in `path`: of a training run's, "ema" or "model", by default the first that is there.
 
-    Raises `DamagedCheckpointError` for anything that is no archive of tensors, `CheckpointError` where `which` is not in it.
+    Raises `DamagedCheckpointError` for what is no archive of tensors, `CheckpointError` where it has no `which`.
     """
     _check_archive(path)
     try:

@@ -120,7 +120,7 @@ class Shards:
         for key, record in tensors.items():
             try:
                 self._check(key, record, files)
-            except (CheckpointError, TypeError, KeyError, ValueError) as error:
+            except (CheckpointError, TypeError, KeyError, ValueError) as error:  # noqa: PERF203
                 raise DamagedCheckpointError(f"{folder / manifest.INDEX}: {key}: {error}") from error
 
     def _check(self, key: str, record: Any, files: Mapping[str, Any]) -> None:

@@ -170,7 +170,7 @@ def _read(path: Path, which: str | None, model: nn.Module) -> _Found:
 
 def _read_safetensors(path: Path) -> _Found:
     file = open_file(path)
-    return {name: (tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)) for name in file.keys()}
+    return {name: (tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_folder(path: Path, model: nn.Module) -> _Found:

@@ -65,7 +65,7 @@ class Run:
     """A sharded or replicated model, its optimizer and averaged weights, that have seen a step."""
 
     def __init__(self, config: tuple[int, int, str], seed: int):
-        dp, sp, engine = config
+        _, sp, engine = config
         self.config = config
         # Odd sizes: rows do not divide by the number of processes, some shards are empty.
         model = randomise(UserDiT(size=4, dim=18, heads=3, depth=1, classes=3), seed).double()

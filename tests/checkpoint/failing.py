@@ -56,7 +56,7 @@ def _resume():
         resumed.train(6)
         assert differences(resumed.facts(), whole.facts()) == []
     files = [p.stat().st_size for p in sorted(path.glob("*.safetensors"))]
-    copies = [p for p in (*whole.model.parameters(), *whole.ema.parameters(), *whole.rule.sums.values())]
+    copies = [*whole.model.parameters(), *whole.ema.parameters(), *whole.rule.sums.values()]
     moments = [v for s in whole.optimizer.state.values() for v in s.values()]
     once = sum(v.numel() * 4 for v in (*copies, *moments))
     draws = together.everyones(torch.rand(1).item())

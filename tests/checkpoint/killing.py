@@ -2,7 +2,7 @@
 
     python -m tests.checkpoint.killing TRIALS RANKS SEED
 
-Each trial starts from a folder with one checkpoint. A forked process (or one for each rank) trains and saves at every step,
+Each trial starts from a folder with one checkpoint. A forked process, or one for each rank, trains and saves every step,
 half of the trials in the background; it is killed at a random moment between its first step and its last. What it was
 doing then is read from memory that it shares. A new process loads what is there, trains to the end, and everything
 that it ends with is compared, by hash, with a run that nobody disturbed. Prints the figures as JSON.
@@ -187,8 +187,8 @@ def trials(count: int, ranks: int, seed: int) -> dict[str, object]:
 
 
 def _warm(folder: Path) -> None:
-    """Imports, before anything is forked, what torch and we import when first used; no backward, which makes threads."""
-    import torch.distributed.tensor  # noqa: F401
+    """Imports, before anything is forked, what is imported when first used; no backward, which makes threads."""
+    import torch.distributed.tensor
 
     trainer = Trainer(0, dim=8)
     for p in trainer.model.parameters():

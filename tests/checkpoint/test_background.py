@@ -104,7 +104,7 @@ def test_saves_follow_each_other(tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
-    """Moments and weights of a GPU are copied before `save` returns, and come back to it; GPUs' random states as well."""
+    """Moments and weights of a GPU are copied before `save` returns, and come back; GPUs' random states too."""
     model = torch.nn.Linear(64, 64, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.randn(4, 64, device="cuda")).sum().backward()

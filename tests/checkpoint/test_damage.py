@@ -259,7 +259,7 @@ def test_a_disk_that_fails_leaves_what_was(tmp_path, monkeypatch, when):
                 patch.setattr(disk, "write", full)
             else:
                 patch.setattr(disk.os, when, full)
-            with pytest.raises(opendit.CheckpointError, match="OSError: .*No space left"):
+            with pytest.raises(opendit.CheckpointError, match=r"OSError: .*No space left"):
                 trainer.save(tmp_path, background=background).wait()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     other = Trainer(1)
