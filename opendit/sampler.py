@@ -2,8 +2,8 @@
 
 The samples of all epochs are one stream:  s = 0, 1, 2, …;  s is sample `permutation(size, seed, s // size)[s % size]`.
 A global batch is the next `batch_size` of the stream, and data-parallel rank r of d takes the r-th of its d equal
-parts. The position in the stream is all there is to remember, and no number of processes is in it. Batches run on across
-the ends of epochs, so every epoch has each sample exactly once.
+parts. The position in the stream is all there is to remember, and no number of processes is in it. Batches run on
+across the ends of epochs, so every epoch has each sample exactly once.
 """
 
 from __future__ import annotations

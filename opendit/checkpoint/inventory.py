@@ -133,6 +133,6 @@ def check_finite(values: Mapping[str, torch.Tensor]) -> None:
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CheckpointError(
-            f"{', '.join(bad[:3])}{more}: holds numbers that are not finite; nothing was saved, the last checkpoint stays. "
+            f"{', '.join(bad[:3])}{more}: holds numbers that are not finite; nothing was saved, earlier ones stay. "
             "Go back to the last one, with a lower learning rate or gradient clipping"
         )

@@ -86,7 +86,8 @@ def load(
     wait()
     folder = _folder(Path(path))
     content = _intact(folder)
-    pending, problem = None, None
+    pending: _Pending | None = None
+    problem: Exception | None = None
     try:
         pending = _Pending(folder, content, run, frozenset(leave))
     except CheckpointError as error:

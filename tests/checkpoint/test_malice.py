@@ -342,8 +342,7 @@ def _unsafe(tree: ast.AST) -> list[str]:
                 a.name
                 for a in node.names
                 if a.name.split(".")[0] in _MODULES
-                or ("checkpoint" in a.name.split(".")[1:]
-                and a.name.startswith("torch.distributed"))
+                or ("checkpoint" in a.name.split(".")[1:] and a.name.startswith("torch.distributed"))
             ]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             if node.module.split(".")[0] in _MODULES or node.module.startswith("torch.distributed.checkpoint"):
