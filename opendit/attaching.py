@@ -1,4 +1,7 @@
-"""Puts a `Stepper` into an optimizer's step, and takes it out; holds a schedule still after a skipped step."""
+"""Puts a `Stepper` into an optimizer's step, and takes it out; holds a schedule still after a skipped step.
+
+What the stepper counts, its loss scale and its averages become part of the model's state, which checkpoints hold.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from opendit import attached, ema
 from opendit.stepping import Stepper, Stepping, _steppers, logger, stepper_of
 
 SchedulerT = TypeVar("SchedulerT", bound=LRScheduler)
@@ -58,11 +62,29 @@ def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
     if patched is not None:  # by a scheduler, say, which calls the class's step that it found
         optimizer.step = _around(optimizer, patched)  # type: ignore[method-assign]
     _steppers[model] = stepper
+    attached.attach(model, "stepping", attached.Attached(_counted, _count_on))
+    if stepper.ema is not None:
+        averages = attached.Attached(ema.description, ema.load_description, _averages)
+        attached.attach(model, "ema", averages)
+
+
+def _counted(model: nn.Module) -> dict[str, Any]:
+    return cast(Stepper, stepper_of(model)).state()
+
+
+def _count_on(model: nn.Module, state: Any) -> None:
+    cast(Stepper, stepper_of(model)).load(state)
+
+
+def _averages(model: nn.Module) -> dict[str, Any]:
+    return {f"{label}/{name}": piece for label, found in ema.pieces(model).items() for name, piece in found.items()}
 
 
 def take_out(model: nn.Module) -> None:
     """Undoes `put_in`, and the edits of schedulers."""
     stepper = _steppers.pop(model, None)
+    for name in ("stepping", "ema"):
+        attached.detach(model, name)
     if stepper is None:
         return
     for scheduler in list(stepper.schedulers):
