@@ -15,10 +15,11 @@ from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
+from opendit.patch.alternating import plan_alternating
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
-from opendit.patch.registry import Family, resolve
+from opendit.patch.registry import Alternating, Family, Spread, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
 
 
@@ -61,6 +62,17 @@ def _spread(
     planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
 ) -> Choices:
     """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    if isinstance(family.spread, Alternating):
+        plan_alternating(planner, model, family)
+        itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
+        tokens, frames = family.spread.tokens(model), family.spread.frames(model)
+        width = next(p.shape[-1] for name, p in model.named_parameters() if name == "pos_embed")
+        return dataclasses.replace(
+            choices,
+            sequence=fastseq_choice.switching(
+                cfg.sequence_parallel, frames, tokens, width, sp_size, _device(model), itemsize
+            ),
+        )
     if cfg.fusion == "block":
         raise ValueError(
             "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "
@@ -72,7 +84,7 @@ def _spread(
             family.blocks, "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts"
         )
     heads, width = attention_shape(model, family)
-    assert family.spread is not None
+    assert isinstance(family.spread, Spread)
     tokens = family.spread.tokens(model)
     excluded: dict[str, str] = {}
     if not plain_projections(planner, model, family):

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
+    "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
 }
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from opendit.fastseq import switch
 from opendit.fastseq.mesh import groups
 from opendit.fastseq.method import Method, Shape, attention_operations, methods
 from opendit.fastseq.sequence import Sequence
@@ -68,6 +69,36 @@ def choose(
     ring = method.layout(sp_size, heads)
     groups(sp_size, ring)  # made now, by everyone together, not at some forward
     return Sequence(chosen, sp_size, ring, reasons=_reasons(name, method, times, shape, sp_size, ring, speeds, tokens))
+
+
+def switching(
+    name: str, frames: int, tokens: int, width: int, sp_size: int, device: torch.device, itemsize: int
+) -> Sequence:
+    """The sequence parallelism of models whose blocks alternate between frames and tokens: layouts are switched.
+
+    Raises `ValueError` where a method was asked for by name: they are about attention over a spread sequence, and here
+    every attention has its sequence whole. They would send more: 2/s, to 1 + 1/s, 4/s and 2 per pair of blocks.
+    """
+    if name != "auto":
+        raise ValueError(
+            f"sequence_parallel: got {name!r}, but this model's blocks alternate between the tokens of a frame and the "
+            "frames of a token, so whole sequences are kept on a process and no attention is spread; allowed here: 'auto'"
+        )
+    place, speeds = groups(sp_size), _speeds(device, sp_size)
+    each = switch.received(frames, tokens, width, itemsize, sp_size)
+    wait = 2 * (speeds.latency + each / speeds.link)
+    most, least = -(-frames // sp_size), frames // sp_size
+    reasons = (
+        f"switch (blocks alternate between frames and tokens), sp {sp_size}, dp {place.dp_size}; ranks that share a "
+        f"sample: {place.dp_rank * sp_size} to {place.dp_rank * sp_size + sp_size - 1}, and so on",
+        f"spatial blocks on whole frames, temporal blocks on all frames of some tokens; for one sample of {frames} frames "
+        f"of {tokens} tokens of {width}, {itemsize} bytes a number: one all-to-all a block each way (two a pair), "
+        f"{each / 2**20:.3g} MiB received in each; {least if least == most else f'{least} to {most}'} frames a process "
+        f"and {-(-tokens // sp_size)} tokens",
+        f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call ({speeds.origin}); waiting per block, "
+        f"forward and backward, nothing hidden: {wait * 1e3:.3g} ms",
+    )
+    return Sequence("switch", sp_size, tokens=tokens, reasons=reasons)
 
 
 def arithmetic(shape: Shape) -> float:

@@ -24,7 +24,7 @@ from opendit.patch.adaln_zero import TRAITS, plan_modules
 from opendit.patch.families.dit import DispatchedAttention, plan_attention
 from opendit.patch.parts import AttentionParts
 from opendit.patch.planner import Planner, has
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Alternating, Family, Trait
 
 
 class MathAttention(DispatchedAttention):
@@ -91,4 +91,9 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks="blocks",
+    spread=Alternating(
+        gather="final_layer",
+        tokens=lambda model: int(model.pos_embed.shape[1]),
+        frames=lambda model: int(model.temp_embed.shape[1]),
+    ),
 )
