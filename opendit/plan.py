@@ -65,12 +65,18 @@ def _spread(
     if isinstance(family.spread, Alternating):
         plan_alternating(planner, model, family)
         itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
-        tokens, frames = family.spread.tokens(model), family.spread.frames(model)
+        videos = family.spread
         width = next(p.shape[-1] for name, p in model.named_parameters() if name == "pos_embed")
         return dataclasses.replace(
             choices,
             sequence=fastseq_choice.switching(
-                cfg.sequence_parallel, frames, tokens, width, sp_size, _device(model), itemsize
+                cfg.sequence_parallel,
+                videos.frames(model),
+                videos.tokens(model),
+                width,
+                sp_size,
+                _device(model),
+                itemsize,
             ),
         )
     if cfg.fusion == "block":

@@ -82,7 +82,7 @@ def switching(
     if name != "auto":
         raise ValueError(
             f"sequence_parallel: got {name!r}, but this model's blocks alternate between the tokens of a frame and the "
-            "frames of a token, so whole sequences are kept on a process and no attention is spread; allowed here: 'auto'"
+            "frames of a token: sequences are kept whole and no attention is spread; allowed here: 'auto'"
         )
     place, speeds = groups(sp_size), _speeds(device, sp_size)
     each = switch.received(frames, tokens, width, itemsize, sp_size)
@@ -91,12 +91,12 @@ def switching(
     reasons = (
         f"switch (blocks alternate between frames and tokens), sp {sp_size}, dp {place.dp_size}; ranks that share a "
         f"sample: {place.dp_rank * sp_size} to {place.dp_rank * sp_size + sp_size - 1}, and so on",
-        f"spatial blocks on whole frames, temporal blocks on all frames of some tokens; for one sample of {frames} frames "
-        f"of {tokens} tokens of {width}, {itemsize} bytes a number: one all-to-all a block each way (two a pair), "
-        f"{each / 2**20:.3g} MiB received in each; {least if least == most else f'{least} to {most}'} frames a process "
-        f"and {-(-tokens // sp_size)} tokens",
-        f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call ({speeds.origin}); waiting per block, "
-        f"forward and backward, nothing hidden: {wait * 1e3:.3g} ms",
+        "spatial blocks on whole frames, temporal blocks on all frames of some tokens: one all-to-all a block each "
+        f"way, two a pair; for a sample of {frames} frames of {tokens} tokens of {width}, {itemsize} bytes a number: "
+        f"received per block {each / 2**20:.3g} MiB forward, {each / 2**20:.3g} MiB backward; frames of a process: "
+        f"{most if least == most else f'{least} or {most}'}, tokens: {-(-tokens // sp_size)}",
+        f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call ({speeds.origin}); waiting per "
+        f"block, forward and backward, nothing hidden: {wait * 1e3:.3g} ms",
     )
     return Sequence("switch", sp_size, tokens=tokens, reasons=reasons)
 

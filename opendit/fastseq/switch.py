@@ -7,8 +7,8 @@
     to_tokens    [ρ, T, D] → [R, l, D]    one all-to-all; backward: to_frames
     to_frames    [R, l, D] → [ρ, T, D]    one all-to-all; backward: to_tokens
 
-R frames of all samples in one order, ρ of them here, T tokens of a frame, l here (`shards.py`), D hidden. Neither blocks'
-attention is spread, so heads don't matter. Received by each process and all-to-all: R·T·D·(s−1)/s² numbers.
+R frames of all samples in one order, ρ of them here, T tokens of a frame, l here (`shards.py`), D hidden. No attention
+is spread, so heads don't matter. Received by each process in each all-to-all: R·T·D·(s−1)/s² numbers.
 
 Frames are spread as evenly as can be. A process that gets none computes a frame of zeros, which nobody reads: whatever
 runs on it has something to run on, and its gradients are exact zeros.
@@ -105,7 +105,7 @@ def _tokens_first(x: Tensor, total: int, line: Line) -> Tensor:
     T, D = x.shape[1:]
     local, n = local_length(T, line.sp), line.size
     _, here, counts = _frames(total, line)
-    whole = F.pad(x[:here], (0, 0, 0, n * local - T)) if T < n * local else x[:here]
+    whole = F.pad(x[:here], (0, 0, 0, n * local - T)) if n * local > T else x[:here]
     packed = whole.reshape(here, n, local, D).transpose(0, 1).reshape(-1)
     row = local * D
     # Frames come in their order, so what is received is the result.

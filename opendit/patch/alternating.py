@@ -5,10 +5,10 @@
     even blocks  Frames          [R, l, D] ─ all-to-all ► [ρ, T, D] → block → ─ all-to-all ► [R, l, D]
     last module  GatherTokens    → [R, l, C] ─ all-gather ► [R, T, C]
 
-B samples, F frames of each, R of all, T tokens of a frame, D hidden; ρ frames and l tokens of one process. N blocks have N
-collectives each way. Between blocks the model's own forward sees all frames of some tokens, so what it does with frames
-(temporal positions, images set apart) stays its own. Every row of a block is whole, so any block will do that treats
-rows one by one: fused as a whole, left to upstream, with any attention.
+B samples, F frames of each, R of all, T tokens of a frame, D hidden; ρ frames and l tokens of one process. N blocks
+have N collectives each way. Between blocks the model's own forward sees all frames of some tokens, so what it does with
+frames (temporal positions, images set apart) stays its own. Every row of a block is whole, so any block will do that
+treats rows one by one: fused as a whole, left to upstream, with any attention.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class _Rows(Patched):
         """(x, c, T, sp) of a call with x [rows, length, D] and c [rows, C]."""
         values = self._positional(args, kwargs)
         if values is None or values[0].dim() != 3 or values[1].dim() != 2:
-            refuse("a block was called with something else than its rows [rows, L, D] and a condition [rows, C] for each")
+            refuse(
+                "a block was called with something else than its rows [rows, L, D] and a condition [rows, C] for each"
+            )
         sequence = self._opendit_sequence
         return values[0], values[1], sequence.tokens, sequence.size
 
@@ -69,9 +71,9 @@ class Tokens(_Rows):
         local = local_length(tokens, sp)
         if len(c) % tokens or len(x) != len(c) // tokens * local:
             refuse(
-                f"a block that looks within the frames of a token was given {len(x)} rows and {len(c)} conditions, where "
-                f"each sample has {local} of {tokens} tokens on this process; the model's tokens must stay as many as "
-                "they were when accelerate was called"
+                f"a block that looks within the frames of a token was given {len(x)} rows and {len(c)} conditions, "
+                f"where each sample has {local} of {tokens} tokens on this process; the model's tokens must stay "
+                "as many as they were when accelerate was called"
             )
         return self._run(x, switch.tokens_of(c, tokens, sp))
 
@@ -79,9 +81,9 @@ class Tokens(_Rows):
 def _check(x: Tensor, c: Tensor, length: int, whose: str) -> None:
     if x.shape[1] != length or len(x) != len(c):
         refuse(
-            f"a block that looks within a frame was given {len(x)} frames of {x.shape[1]} tokens and {len(c)} conditions; "
-            f"expected {whose} {length} tokens of a frame, as pos_embed was when accelerate was called, and a condition "
-            "for each frame"
+            f"a block that looks within a frame was given {len(x)} frames of {x.shape[1]} tokens, and {len(c)} "
+            f"conditions; expected {whose} {length} tokens of a frame, by pos_embed as it was when accelerate was "
+            "called, and a condition for each frame"
         )
 
 

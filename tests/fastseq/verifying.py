@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import opendit
-from tests.fastseq import going_wrong
-from tests.tiny_models import TINY, UserDiT
+from tests.fastseq import alternating, going_wrong
+from tests.tiny_models import TINY, UserDiT, UserLatte
 
 _TINY = {t.name: t for t in TINY}
 
@@ -62,10 +63,30 @@ def _planted(name: str) -> tuple[bool, str]:
         return verdict(booster_cfg={"sequence_parallel": method})
 
 
+def _video_loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    noise = torch.randn(x.shape, dtype=x.dtype)
+    return F.mse_loss(model(x + noise, torch.randint(0, 1000, t.shape), y)[:, :, :4], noise)
+
+
+def _videos(mistake: str | None = None, **options: Any) -> tuple[bool, str]:
+    """Four videos of three frames, whose frames and tokens are spread; `mistake` of `alternating`'s."""
+    x = torch.randn(4, 3, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    batch = (x, torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3]))
+    with alternating.MUTANTS[mistake]() if mistake else contextlib.nullcontext():
+        return verdict(**{"model": UserLatte(depth=4), "batch": batch, "loss": _video_loss, **options})
+
+
+def _video_noise_by_rank(model: nn.Module, *args: Any) -> torch.Tensor:
+    torch.manual_seed(dist.get_rank())
+    return _video_loss(model, *args)
+
+
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-3)
 HONEST: dict[str, Callable[[], tuple[bool, str]]] = {
     "dp 2 × sp 2, ema, AdamW": lambda: verdict(ema=ema, optimizer=ADAM),
     "sp 4, bf16": lambda: verdict(sp_size=4, autocast=torch.bfloat16, booster_cfg={"sequence_parallel": "usp"}),
+    "latte, dp 2 × sp 2": lambda: _videos(ema=ema, optimizer=ADAM),
+    "latte, sp 4, bf16": lambda: _videos(sp_size=4, autocast=torch.bfloat16),
     "dp 4": lambda: verdict(sp_size=1),
 }
 WRONG: dict[str, Callable[[], tuple[bool, str]]] = {
@@ -74,6 +95,8 @@ WRONG: dict[str, Callable[[], tuple[bool, str]]] = {
     "q and k mixed up": lambda: _planted("q and k mixed up, ulysses"),
     "noise differs in a group": lambda: verdict(loss=_by_rank),
     "noise alike across groups": lambda: verdict(loss=_alike),
+    **{f"latte, {name}": functools.partial(_videos, name) for name in alternating.MUTANTS},
+    "latte, noise differs in a group": lambda: _videos(loss=_video_noise_by_rank),
     "stale ema": lambda: verdict(ema=lambda average, model: None),
 }
 
