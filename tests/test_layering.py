@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "opendit.measuring",
         "opendit.parallel",
         "opendit.patch.core",
+        "opendit.patch.registry",
     },
     "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
     "opendit.api": {

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import opendit
+from opendit import measuring
+from opendit.patch.spread import SpreadAttention
 from tests.fastseq import alternating, going_wrong
 from tests.tiny_models import TINY, UserDiT, UserLatte
 
@@ -81,10 +83,39 @@ def _video_noise_by_rank(model: nn.Module, *args: Any) -> torch.Tensor:
     return _video_loss(model, *args)
 
 
+def _coarse() -> tuple[bool, str]:
+    """Attention's output in bf16 with three bits less."""
+    original = SpreadAttention._attend
+
+    def wrong(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = original(self, q, k, v)
+        return _LastBitsCut.apply(out) if out.dtype == torch.bfloat16 else out
+
+    with going_wrong.planted(SpreadAttention, "_attend", wrong):
+        return verdict(autocast=torch.bfloat16, booster_cfg={"sequence_parallel": "ulysses"})
+
+
+def _lower_residual() -> tuple[bool, str]:
+    """A residual stream in bf16, held against a plain model that has none."""
+    with going_wrong.planted(measuring, "lower_residual", lambda first: None):
+        return verdict(autocast=torch.bfloat16, booster_cfg={"residual": "bf16"})
+
+
+class _LastBitsCut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x.contiguous().view(torch.int16) & ~7).view(torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
+        return _LastBitsCut.forward(ctx, dx)
+
+
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-3)
 HONEST: dict[str, Callable[[], tuple[bool, str]]] = {
     "dp 2 × sp 2, ema, AdamW": lambda: verdict(ema=ema, optimizer=ADAM),
     "sp 4, bf16": lambda: verdict(sp_size=4, autocast=torch.bfloat16, booster_cfg={"sequence_parallel": "usp"}),
+    "bf16 residual": lambda: verdict(autocast=torch.bfloat16, booster_cfg={"residual": "bf16"}),
     "latte, dp 2 × sp 2": lambda: _videos(ema=ema, optimizer=ADAM),
     "latte, sp 4, bf16": lambda: _videos(sp_size=4, autocast=torch.bfloat16),
     "dp 4": lambda: verdict(sp_size=1),
@@ -97,6 +128,8 @@ WRONG: dict[str, Callable[[], tuple[bool, str]]] = {
     "noise alike across groups": lambda: verdict(loss=_alike),
     **{f"latte, {name}": functools.partial(_videos, name) for name in alternating.MUTANTS},
     "latte, noise differs in a group": lambda: _videos(loss=_video_noise_by_rank),
+    "coarse attention": _coarse,
+    "residual in bf16": _lower_residual,
     "stale ema": lambda: verdict(ema=lambda average, model: None),
 }
 
