@@ -39,6 +39,9 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
         )
     plan_norms(planner, model, choices)
+    if cfg.regather_input and (sp_size == 1 or isinstance(family.spread, Alternating)):
+        why = "sp_size is 1" if sp_size == 1 else "blocks that alternate between frames and tokens gather none"
+        planner.keep(family.blocks, f"no input is gathered again (regather_input): {why}")
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
@@ -99,8 +102,18 @@ def _spread(
         why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
         excluded |= {name: why for name, method in methods().items() if method.layout(sp_size, heads) > 1}
     sequence = fastseq_choice.choose(
-        cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model), excluded
+        cfg.sequence_parallel,
+        heads,
+        width,
+        tokens,
+        sp_size,
+        _device(model),
+        _dtype(model),
+        excluded,
+        cfg.regather_input,
     )
+    if cfg.regather_input and not sequence.regather:
+        planner.keep(family.blocks, f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
     return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
 
 

@@ -45,6 +45,7 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     excluded: Mapping[str, str],
+    regather: bool = False,
 ) -> Sequence:
     """The sequence parallelism that `name` ("auto" or a method) stands for, with its reasons; every process calls it.
 
@@ -52,6 +53,7 @@ def choose(
         tokens: L that the model is built for; None where it does not say.
         device, dtype: of the parameters.
         excluded: methods that are wrong here, and why.
+        regather: whether `fastseq` is to gather its input again in the backward.
 
     Raises `ValueError` where an excluded method was asked for by name.
     """
@@ -68,7 +70,16 @@ def choose(
     method = known[chosen]
     ring = method.layout(sp_size, heads)
     groups(sp_size, ring)  # made now, by everyone together, not at some forward
-    return Sequence(chosen, sp_size, ring, reasons=_reasons(name, method, times, shape, sp_size, ring, speeds, tokens))
+    reasons = _reasons(name, method, times, shape, sp_size, ring, speeds, tokens)
+    regather = regather and chosen == "fastseq"
+    if regather:
+        whole = shape.tokens * shape.width * itemsize
+        more = whole * (sp_size - 1) / sp_size
+        reasons += (
+            f"the gathered input is gathered again in the backward: {more / 2**20:.3g} MiB more received per layer and "
+            f"sample there, {more / 2**20:.3g} MiB less kept",
+        )
+    return Sequence(chosen, sp_size, ring, regather=regather, reasons=reasons)
 
 
 def switching(

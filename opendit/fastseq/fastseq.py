@@ -54,7 +54,8 @@ class FastSeq:
         line, local = sequence.line("sp"), x.shape[1]
         heads = evenly(layer.heads, line.size)
         rows = Rows(layer.heads, sum(heads[: line.rank]), heads[line.rank])
-        q, k, v = gather_project(x, projection, rows, line, overlapped=_overlaps(x, sequence))
+        overlapped, regather = _overlaps(x, sequence), sequence.regather
+        q, k, v = gather_project(x, projection, rows, line, overlapped=overlapped, regather=regather)
         q, k = layer.normalise(q, k)
         out = layer.attend(q.to(v.dtype), k.to(v.dtype), v)
         return to_tokens(out, layer.heads, line, local).flatten(2)

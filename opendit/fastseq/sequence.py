@@ -19,6 +19,7 @@ class Sequence:
         size: how many processes share a sequence.
         ring: how many blocks K and V are passed around in; size / ring processes exchange heads.
         overlap: whether `fastseq` computes on one part while the next is on the wire; None: by size.
+        regather: whether `fastseq` gathers its input again in the backward, instead of keeping it.
         tokens: of a frame, where layouts are switched between blocks ("switch") and attention sees whole sequences.
         reasons: the choice and its numbers, in words, for `explain`.
     """
@@ -27,6 +28,7 @@ class Sequence:
     size: int
     ring: int = 1
     overlap: bool | None = None
+    regather: bool = False
     tokens: int | None = None
     reasons: tuple[str, ...] = field(default=(), compare=False)
 

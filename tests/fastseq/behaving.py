@@ -17,7 +17,7 @@ from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
 from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, UserDiT
 
 NAMES = ("dit", "diffusers", "latte")
 tiny_of = {t.name: t for t in TINY if t.name in NAMES}
@@ -38,6 +38,7 @@ def cases(world: int) -> dict[str, Any]:
     for name in ("dit", "latte"):
         found[f"compiled blocks/{name}"] = functools.partial(compiled_blocks, name, world)
     found["autocast"] = functools.partial(autocast, world)
+    found["regather"] = functools.partial(regathered, world)
     for name in ("dit", "latte"):
         found[f"explain/{name}"] = functools.partial(explained, name, world)
     found["lengths in flight"] = functools.partial(lengths_in_flight, world)
@@ -192,6 +193,51 @@ def sharded(method: str, world: int) -> float:
     whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     found = {"output": found["output"], "input": found["input"], **whole}
     return worst(found, run(plain, tiny_of[name_of(method)]))[0]
+
+
+def kept_bytes(model: nn.Module, inputs: Any) -> int:
+    """What a forward keeps for its backward, parameters aside."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(*inputs)
+    del out
+    return sum(kept.values())
+
+
+def regathered(world: int) -> dict[str, Any]:
+    """Errors, shares of one device's kept bytes without and with gathering again, and what is said about it."""
+    plain = UserDiT(size=32, dim=48, depth=4)
+    inputs = (torch.randn(1, 4, 32, 32), torch.tensor([5]), torch.tensor([1]))
+    config = {"sequence_parallel": "fastseq", "kernels": "reference"}
+    models = [
+        opendit.accelerate(twin(plain), {**config, "regather_input": again}, sp_size=world) for again in (False, True)
+    ]
+    alone = kept_bytes(opendit.accelerate(twin(plain), {"kernels": "reference"}), inputs)
+    text = io.StringIO()
+    opendit.explain(models[1], file=text)
+    without = io.StringIO()
+    other = opendit.accelerate(build(tiny_of["latte"]), {"regather_input": True}, sp_size=world)
+    opendit.explain(other, file=without)
+    return {
+        "compiled": _compiled_regather(world),
+        "shares": [kept_bytes(model, inputs) / alone for model in models],
+        "said": text.getvalue(),
+        "latte": without.getvalue(),
+    }
+
+
+def _compiled_regather(world: int) -> float:
+    plain = build(tiny_of["dit"], torch.float64)
+    model = torch.compile(spread(twin(plain), "fastseq-regather", world), fullgraph=True, backend="aot_eager")
+    return _error(model, plain, "dit")
 
 
 def explained(name: str, world: int) -> str:

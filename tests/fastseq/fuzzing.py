@@ -88,9 +88,9 @@ def _error(method: str, sp: int, heads: int, tokens: int, batch: int, packed: bo
     out = attend(*layer.project(x)).flatten(2)
     expected = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
 
-    name = method.removesuffix("-overlapped")
+    name = method.split("-")[0]
     chosen = methods()[name]
-    sequence = Sequence(name, sp, chosen.layout(sp, heads), overlap=method.endswith("-overlapped"))
+    sequence = Sequence(name, sp, chosen.layout(sp, heads), overlap="-overlapped" in method)
     out = gather_tokens(chosen.attention(split_tokens(x, sp), layer.description(), sequence), sp)
     actual = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
     for grad in actual[2:]:

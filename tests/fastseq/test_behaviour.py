@@ -79,6 +79,15 @@ def test_explain_shows_what_alternating_blocks_send():
         assert "blocks.{1,3} (2)" in text
 
 
+def test_the_input_gathered_again_is_not_kept():
+    for seen in found("regather"):
+        kept, again = seen["shares"]
+        assert again <= 0.55 < kept
+        assert seen["compiled"] <= 1e-10
+        assert "gathered again in the backward" in seen["said"]
+        assert "no input is gathered again (regather_input): blocks that alternate" in seen["latte"]
+
+
 SAID = {
     **{f"latte {m}": f"sequence_parallel: got '{m}', but this model's" for m in ("fastseq", "ulysses", "ring", "usp")},
     "latte's rows": "sp_size: the tokens of blocks.0 can't be spread over processes: it gives something else",

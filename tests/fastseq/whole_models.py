@@ -15,6 +15,7 @@ from tests.fastseq import parity
 from tests.tiny_models import TINY, Tiny
 
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring", "usp")
+REGATHER = ("fastseq-regather", "fastseq-overlapped-regather")
 CHECKPOINTING = ("no", "reentrant", "non-reentrant")
 MICROS = (1, 2)
 # Four heads and three, 9 tokens: neither divides. Norms with weights on q and k, heads of 20: with two processes only.
@@ -26,7 +27,7 @@ MODELS = {
 
 
 def methods_of(name: str) -> tuple[str, ...]:
-    return ("switch",) if name.startswith("latte") else METHODS
+    return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
 
 
 def sizes(world: int) -> list[int]:
@@ -59,10 +60,10 @@ def _expected(name: str, dp: int, micros: int) -> Any:
 
 
 def spread(model: nn.Module, method: str, sp: int) -> nn.Module:
-    named = "auto" if method == "switch" else method.removesuffix("-overlapped")
+    named = "auto" if method == "switch" else method.split("-")[0]
     config = {"sequence_parallel": named, "kernels": "reference"}
     opendit.accelerate(model, config, sp_size=sp)
-    return parity.with_method(model, method) if method.endswith("-overlapped") else model
+    return parity.with_method(model, method) if "-" in method else model
 
 
 @functools.cache
