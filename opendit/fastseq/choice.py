@@ -88,7 +88,7 @@ def switching(
     """The sequence parallelism of models whose blocks alternate between frames and tokens: layouts are switched.
 
     Raises `ValueError` where a method was asked for by name: they are about attention over a spread sequence, and here
-    every attention has its sequence whole. They would send more: 2/s, to 1 + 1/s, 4/s and 2 per pair of blocks.
+    every attention has its sequence whole. They would send more numbers: 1 + 1/s, 4/s and 2 per pair of blocks, not 2/s.
     """
     if name != "auto":
         raise ValueError(

@@ -82,7 +82,8 @@ def test_explain_shows_what_alternating_blocks_send():
 def test_the_input_gathered_again_is_not_kept():
     for seen in found("regather"):
         kept, again = seen["shares"]
-        assert again <= 0.55 < kept
+        assert again <= 0.55
+        assert again <= kept - 0.02
         assert seen["compiled"] <= 1e-10
         assert "gathered again in the backward" in seen["said"]
         assert "no input is gathered again (regather_input): blocks that alternate" in seen["latte"]

@@ -72,15 +72,34 @@ def _spread_once(name: str, sp: int) -> nn.Module:
     return spread(twin(_tiny(name)[1]), methods_of(name)[0], sp)
 
 
-def _case(world: int, name: str, size: str, method: str) -> dict[str, tuple[float, float, str]]:
+def every_case(world: int) -> dict[str, Any]:
+    """Without anything left out: every tiny model, each kind of checkpointing with each number of micro-batches."""
+    return {
+        f"{tiny.name}/{sp}": functools.partial(_every_method, world, tiny.name, sp)
+        for tiny in TINY
+        for sp in sizes(world)
+    }
+
+
+def _every_method(world: int, name: str, sp: int) -> dict[str, tuple[float, float, str]]:
+    methods = methods_of(name) if name.startswith("latte") else METHODS + REGATHER
+    found = {}
+    for method in methods:
+        for how, errors in _case(world, name, str(sp), method, every=True).items():
+            found[f"{method}, {how}"] = errors
+    return found
+
+
+def _case(world: int, name: str, size: str, method: str, every: bool = False) -> dict[str, tuple[float, float, str]]:
     sp = int(size)
     tiny, _ = _tiny(name)
     model = _spread_once(name, sp)
     if method != "switch":
         parity.with_method(model, method)
     found = {}
-    # Four processes share two cores: there each kind of checkpointing with one number of micro-batches.
-    pairs = itertools.product(CHECKPOINTING, MICROS) if world == 2 else zip(CHECKPOINTING, (1, 2, 2), strict=True)
+    # Processes share two cores: where they are four, each kind of checkpointing with one number of micro-batches.
+    all_pairs = itertools.product(CHECKPOINTING, MICROS)
+    pairs = all_pairs if every or world == 2 else zip(CHECKPOINTING, (1, 2, 2), strict=True)
     for kind, micros in pairs:
         with parity.checkpointing(model, kind):
             together = parity.together(model, tiny, micros)
