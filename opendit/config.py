@@ -69,7 +69,8 @@ class BoosterConfig(Generic[OptimizerT]):
         plugin: the distributed plugin; only `None` (the caller wraps the model) is implemented.
         engine: where plugins come from; only `"torch"` is implemented.
         sequence_parallel: the method that spreads a sequence over processes where `accelerate` is given `sp_size > 1`:
-            `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers.
+            `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers. Where blocks
+            alternate between frames and tokens (Latte) there is one way, and only `"auto"` is allowed.
         regather_input: with `sp_size > 1` and the method `"fastseq"`: gather each layer's input again in the backward,
             where it is otherwise kept whole on every process: one more all-gather, for 1/sp_size of that memory.
         activation_checkpointing: what a block keeps for its backward. `False`: everything. `"selective"`: all that

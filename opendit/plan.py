@@ -15,7 +15,7 @@ from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
-from opendit.patch.alternating import plan_alternating
+from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
@@ -68,20 +68,9 @@ def _spread(
     if isinstance(family.spread, Alternating):
         plan_alternating(planner, model, family)
         itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
-        videos = family.spread
-        width = next(p.shape[-1] for name, p in model.named_parameters() if name == "pos_embed")
-        return dataclasses.replace(
-            choices,
-            sequence=fastseq_choice.switching(
-                cfg.sequence_parallel,
-                videos.frames(model),
-                videos.tokens(model),
-                width,
-                sp_size,
-                _device(model),
-                itemsize,
-            ),
-        )
+        shape = video_shape(model, family)
+        sequence = fastseq_choice.switching(cfg.sequence_parallel, *shape, sp_size, _device(model), itemsize)
+        return dataclasses.replace(choices, sequence=sequence)
     if cfg.fusion == "block":
         raise ValueError(
             "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "

@@ -65,6 +65,12 @@ def test_optimizer_may_be_instance_or_factory():
         ({"plugin": "zero2"}, NotImplementedError, r"plugin='zero2'"),
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
         ({"engine": "colossalai"}, NotImplementedError, r"engine='colossalai'"),
+        ({"regather_input": "yes"}, TypeError, "regather_input: got 'yes'; allowed: True or False"),
+        (
+            {"regather_input": True, "sequence_parallel": "ring"},
+            ValueError,
+            "regather_input: got True with sequence_parallel='ring'.*allowed: with 'auto' or 'fastseq'",
+        ),
         ({"sequence_parallel": "ulises"}, ValueError, r"sequence_parallel: got 'ulises'; allowed: 'auto', 'fastseq'"),
         *[
             (

@@ -87,8 +87,8 @@ def switching(
 ) -> Sequence:
     """The sequence parallelism of models whose blocks alternate between frames and tokens: layouts are switched.
 
-    Raises `ValueError` where a method was asked for by name: they are about attention over a spread sequence, and here
-    every attention has its sequence whole. They would send more numbers: 1 + 1/s, 4/s and 2 per pair of blocks, not 2/s.
+    Raises `ValueError` where a method was asked for by name: they spread attention, and here every attention has its
+    sequence whole. They would send more: 1 + 1/s, 4/s and 2 numbers per pair of blocks, not 2/s.
     """
     if name != "auto":
         raise ValueError(
@@ -99,6 +99,11 @@ def switching(
     each = switch.received(frames, tokens, width, itemsize, sp_size)
     wait = 2 * (speeds.latency + each / speeds.link)
     most, least = -(-frames // sp_size), frames // sp_size
+    heads = 1  # of which the arithmetic does not depend
+    spatial, temporal = (Shape(n, width, heads, itemsize) for n in (tokens, frames))
+    share = (frames * arithmetic(spatial) + tokens * arithmetic(temporal)) / 2 / sp_size / speeds.gemm
+    # The frames that a process has beyond an even share, in every other block.
+    wait += (most - frames / sp_size) * arithmetic(spatial) / 2 / speeds.gemm
     reasons = (
         f"switch (blocks alternate between frames and tokens), sp {sp_size}, dp {place.dp_size}; ranks that share a "
         f"sample: {place.dp_rank * sp_size} to {place.dp_rank * sp_size + sp_size - 1}, and so on",
@@ -108,6 +113,7 @@ def switching(
         f"{most if least == most else f'{least} or {most}'}, tokens: {-(-tokens // sp_size)}",
         f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call ({speeds.origin}); waiting per "
         f"block, forward and backward, nothing hidden: {wait * 1e3:.3g} ms",
+        _beside_dp(wait / share, sp_size),
     )
     return Sequence("switch", sp_size, tokens=tokens, reasons=reasons)
 
@@ -147,9 +153,15 @@ def _reasons(
         f"received per layer and sample {forward / 2**20:.3g} MiB forward, {backward / 2**20:.3g} MiB backward",
         f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call, GEMM {speeds.gemm / 1e12:.3g} "
         f"TFLOP/s ({speeds.origin}); waiting per layer, forward and backward, nothing hidden: {others}",
+        _beside_dp(slower, size),
+    )
+
+
+def _beside_dp(slower: float, size: int) -> str:
+    return (
         f"slower than dp by about {slower:.0%} where there are samples enough: sp {size} with a batch of "
         f"{size} needs the memory of dp with 1 each, and dp waits for nobody inside a layer. Use sp where one "
-        "sequence does not fit a device, or there are fewer samples than devices",
+        "sequence does not fit a device, or there are fewer samples than devices"
     )
 
 

@@ -98,8 +98,7 @@ def plan_alternating(planner: Planner, model: nn.Module, family: Family) -> None
         fqn = f"{family.blocks}.{name}"
         if len(parameters_of_forward(block)) != 2:
             raise cannot(fqn, f"its forward takes ({', '.join(parameters_of_forward(block))}), not rows and conditions")
-        width = next(m.in_features for m in block.modules() if isinstance(m, nn.Linear))
-        if not planner.once(_row_by_row, block, width):
+        if not planner.once(_row_by_row, block, _width(block)):
             raise cannot(fqn, "it gives something else for a part of its rows, or can't be run on a CPU to find out")
         if i == 0:
             put_around(planner, fqn, FirstFrames, "on this process's frames, then all frames of its tokens")
@@ -108,6 +107,18 @@ def plan_alternating(planner: Planner, model: nn.Module, family: Family) -> None
         else:
             put_around(planner, fqn, Tokens, "on all frames of this process's tokens")
     plan_gather(planner, model, spread.gather)
+
+
+def video_shape(model: nn.Module, family: Family) -> tuple[int, int, int]:
+    """(frames, tokens of one, hidden size) that the model is built for."""
+    assert isinstance(family.spread, Alternating)
+    first = next(model.get_submodule(family.blocks).children())
+    return family.spread.frames(model), family.spread.tokens(model), _width(first)
+
+
+def _width(block: nn.Module) -> int:
+    """Of its rows, and of their conditions."""
+    return next(m.in_features for m in block.modules() if isinstance(m, nn.Linear))
 
 
 def _row_by_row(block: nn.Module, width: int) -> bool:
