@@ -205,7 +205,7 @@ def _by_ratio(
         high = relative_errors(ours.tensors(what), truth.tensors(what))
         # Gradients that are zero but for rounding are all error: they would drown the others.
         telling = [name for name, error in low.items() if error <= _SCATTERED]
-        if len(telling) <= len(low) / 2:
+        if low and len(telling) <= len(low) / 2:
             problems.append(
                 f"under autocast most of the plain model's own {what} is off by {_SCATTERED:.0%}: no measure"
             )

@@ -10,8 +10,9 @@ with a condition each, so the model's forward (pairs, temp_embed, joint training
 It repeats each sample's condition F or T times, and every block computes its modulation on all rows: D·6D products a
 row, beside the 12·D² of each of its L tokens, so 1/(2·L) of a block (L=16 frames: 3 %; L=256 tokens: 0.2 %). The
 repeated condition is a copy by the time a block sees it, and nothing but its values says which rows are equal (in
-LatteIMG not all rows of a sample are). To compare them would wait for the device; to know them takes another forward of
-the model. So it is left.
+LatteIMG not all rows of a sample are). To compare them would wait for the device; to know them takes another forward
+of the model, or tensors that remember how they were repeated through whatever the model does with them. So it is left.
+With sp_size > 1 each process computes the rows of its own frames and tokens (`opendit/patch/alternating.py`).
 """
 
 from __future__ import annotations
