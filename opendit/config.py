@@ -85,7 +85,10 @@ class BoosterConfig(Generic[OptimizerT]):
         timeout: with a plugin, seconds after which a process that gives no sign of life, or does not join a
             collective, ends the others. It is torch's time-out too where `accelerate` sets up the process group.
         sequence_parallel: the method that spreads a sequence over processes where `accelerate` is given `sp_size > 1`:
-            `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers.
+            `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers. Where blocks
+            alternate between frames and tokens (Latte) there is one way, and only `"auto"` is allowed.
+        regather_input: with `sp_size > 1` and the method `"fastseq"`: gather each layer's input again in the backward,
+            where it is otherwise kept whole on every process: one more all-gather, for 1/sp_size of that memory.
         activation_checkpointing: what a block keeps for its backward. `False`: everything. `"selective"`: all that
             matrix products and attention gave, while results of passes over memory (normalised and modulated inputs,
             the GELU's output) are computed again inside passes of the backward; for blocks that are fused as a whole,
@@ -110,6 +113,7 @@ class BoosterConfig(Generic[OptimizerT]):
     reduction: str = "fp32"
     timeout: float | None = None
     sequence_parallel: str = "auto"
+    regather_input: bool = False
     fusion: str = "auto"
     residual: str = "inherit"
     activation_checkpointing: bool | str = False
@@ -132,7 +136,7 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if not isinstance(self.attention, str):
             raise TypeError(f"attention: got {self.attention!r}; allowed: the name of an attention backend")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "regather_input"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False")
         if self.optimizer is not None and not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
@@ -146,6 +150,11 @@ class BoosterConfig(Generic[OptimizerT]):
             raise ValueError(
                 f"cuda_graphs: got True with {other}; allowed: with blocks that are one function and not compiled. "
                 f"Leave {other} out, or cuda_graphs"
+            )
+        if self.regather_input and self.sequence_parallel not in ("auto", "fastseq"):
+            raise ValueError(
+                f"regather_input: got True with sequence_parallel={self.sequence_parallel!r}, which gathers no input; "
+                "allowed: with 'auto' or 'fastseq'. Leave one of them out"
             )
         for name, allowed in _CHOICES.items():
             _check_allowed(name, getattr(self, name), allowed)

@@ -100,6 +100,18 @@ def fresh_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model).to(dtype)
 
 
+def lower_residual(first: nn.Module) -> None:
+    """Gives a plain model a bf16 residual stream from its `first` block on."""
+    first.register_forward_pre_hook(_first_in_bfloat16, with_kwargs=True)
+
+
+def _first_in_bfloat16(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (args[0].bfloat16(), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: kwargs[name].bfloat16()}
+
+
 def tolerant(model: nn.Module) -> nn.Module:
     """A copy whose layers take floating inputs of any dtype: models that hard-code fp32 somewhere run in fp64."""
     twin = copy.deepcopy(model)

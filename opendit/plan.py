@@ -16,11 +16,12 @@ from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
+from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
-from opendit.patch.registry import Family, resolve
+from opendit.patch.registry import Alternating, Family, Spread, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
 from opendit.stepping import Stepping, in_words
 
@@ -41,6 +42,9 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
         )
     plan_norms(planner, model, choices)
+    if cfg.regather_input and (sp_size == 1 or isinstance(family.spread, Alternating)):
+        why = "sp_size is 1" if sp_size == 1 else "blocks that alternate between frames and tokens gather none"
+        planner.keep(family.blocks, f"no input is gathered again (regather_input): {why}")
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
@@ -71,6 +75,12 @@ def _spread(
     planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
 ) -> Choices:
     """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    if isinstance(family.spread, Alternating):
+        plan_alternating(planner, model, family)
+        itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
+        shape = video_shape(model, family)
+        sequence = fastseq_choice.switching(cfg.sequence_parallel, *shape, sp_size, _device(model), itemsize)
+        return dataclasses.replace(choices, sequence=sequence)
     if cfg.fusion == "block":
         raise ValueError(
             "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "
@@ -82,7 +92,7 @@ def _spread(
             family.blocks, "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts"
         )
     heads, width = attention_shape(model, family)
-    assert family.spread is not None
+    assert isinstance(family.spread, Spread)
     tokens = family.spread.tokens(model)
     excluded: dict[str, str] = {}
     if not plain_projections(planner, model, family):
@@ -91,8 +101,18 @@ def _spread(
         why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
         excluded |= {name: why for name, method in methods().items() if method.layout(sp_size, heads) > 1}
     sequence = fastseq_choice.choose(
-        cfg.sequence_parallel, heads, width, tokens, sp_size, _device(model), _dtype(model), excluded
+        cfg.sequence_parallel,
+        heads,
+        width,
+        tokens,
+        sp_size,
+        _device(model),
+        _dtype(model),
+        excluded,
+        cfg.regather_input,
     )
+    if cfg.regather_input and not sequence.regather:
+        planner.keep(family.blocks, f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
     return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
 
 

@@ -4,7 +4,14 @@
     candidate   accelerate(copy of it, …, sp_size=…) on this process's share, gradients averaged over the world
 
 Both run in fp64, where only mistakes are larger than rounding. With `autocast`, also as trained, by the error ratio
-rule: the candidate may be at most twice as far from the plain model in fp32 as the plain model under that autocast is.
+rule: over all gradients together, and over the output, the candidate may be at most 1.2 times as far from the plain
+model in fp32 as the plain model under that autocast is.
+
+    √(mean of e_i²) ≤ 1.2 · √(mean of a_i²)    e_i, a_i: relative error of gradient i, candidate's and plain model's
+
+Two right computations of one batch in bf16 round differently: single gradients' ratios e_i/a_i of honest runs reach 1.3
+(of 30 to 50), so that 1.2 would refuse them, while the ratio of the means stays between 0.8 and 1.1. A single gradient
+may be off by twice the plain model's own, which still finds one that is wrong among many.
 """
 
 from __future__ import annotations
@@ -64,7 +71,7 @@ class Report:
         lines = [f"{'compared':<22}{'tensors':>8}{'worst error':>14}{'allowed':>10}   worst offender"]
         for row in self.rows:
             mark = "" if row.ok else "   WRONG"
-            lines.append(f"{row.what:<22}{row.compared:>8}{row.error:>14.2e}{row.allowed:>10.0e}   {row.worst}{mark}")
+            lines.append(f"{row.what:<22}{row.compared:>8}{row.error:>14.2e}{row.allowed:>10.2g}   {row.worst}{mark}")
         lines += [f"problem: {problem}" for problem in self.problems]
         lines.append("certified" if self else "NOT certified")
         return "\n".join(lines)
@@ -164,7 +171,8 @@ def verify(
 
 # fp64 on both sides, in another order of additions.
 _EXACT = {"output": 1e-8, "loss": 1e-10, "gradients": 1e-8, "parameters": 1e-8, "ema": 1e-8}
-_RATIO = 2.0
+_RATIO = 1.2
+_RATIO_OF_ONE = 2.0
 _SCATTERED = 0.3  # beyond this a relative error of low precision is no rounding
 
 
@@ -189,32 +197,58 @@ def _by_ratio(
 
     Both against the plain model in fp32: in fp64 the loss would draw other noise.
     """
+    from opendit.patch.registry import families
+
     truth = measuring.alone(measuring.fresh_copy(plain, torch.float32), task, shares)
-    theirs = measuring.alone(measuring.fresh_copy(plain, torch.float32), task, shares, dtype)
+    as_trained = measuring.fresh_copy(plain, torch.float32)
+    plan = _plan(candidate)
+    if dtype == torch.bfloat16 and plan.choices.residual == "bf16":
+        # An arithmetic of its own that the user chose: it is held against a plain model that has it too.
+        blocks = as_trained.get_submodule(families()[plan.family].blocks)
+        measuring.lower_residual(next(blocks.children()))
+    theirs = measuring.alone(as_trained, task, shares, dtype)
     ours = measuring.together(candidate, task, share, shares, dtype)
     rows, problems = [], list(ours.problems)
+    low_name = str(dtype).removeprefix("torch.")
     for what in ("output", "gradients"):
         low = relative_errors(theirs.tensors(what), truth.tensors(what))
         high = relative_errors(ours.tensors(what), truth.tensors(what))
-        # Single tensors scatter; a tensor is held against the plain model's own or its median, whichever is more.
+        # Gradients that are zero but for rounding are all error: they would drown the others.
+        telling = [name for name, error in low.items() if error <= _SCATTERED]
+        if low and len(telling) <= len(low) / 2:
+            problems.append(
+                f"under autocast most of the plain model's own {what} is off by {_SCATTERED:.0%}: no measure"
+            )
         middle = sorted(low.values())[len(low) // 2] if low else 0.0
-        if middle > _SCATTERED:
-            problems.append(f"under autocast the plain model's own {what} is off by {middle:.0%}: it says nothing")
+        # A tensor is held against the plain model's own or its median, whichever is more.
         ratios = {name: error / max(low.get(name, 0.0), middle, 1e-12) for name, error in high.items()}
         name = max(ratios, key=ratios.__getitem__) if ratios else "-"
-        low_name = str(dtype).removeprefix("torch.")
-        rows.append(Row(f"{what}, {low_name}", ratios.get(name, 0.0), _RATIO, name, len(ratios)))
+        pooled = _total(high, telling) / max(_total(low, telling), 1e-12)
+        rows.append(Row(f"{what}, {low_name}", pooled, _RATIO, name, len(telling)))
+        if what == "gradients":
+            rows.append(Row(f"any of them, {low_name}", ratios.get(name, 0.0), _RATIO_OF_ONE, name, len(ratios)))
     return rows, problems
+
+
+def _total(errors: dict[str, float], names: list[str]) -> float:
+    """Root mean square; infinite where one of the names is missing."""
+    return float(sum(errors.get(name, float("inf")) ** 2 for name in names) / max(len(names), 1)) ** 0.5
+
+
+def _plan(model: nn.Module) -> Any:
+    from opendit.patch.core import plan_of
+
+    plan = plan_of(model)
+    assert plan is not None
+    return plan
 
 
 def _certificate(
     report: Report, model: nn.Module, candidate: nn.Module, cfg: BoosterConfig[Any], sp: int, dp: int, task: Task
 ) -> dict[str, Any]:
     import opendit
-    from opendit.patch.core import plan_of
 
-    plan = plan_of(candidate)
-    assert plan is not None
+    plan = _plan(candidate)
     sequence = plan.choices.sequence
     shapes = json.dumps([[name, list(p.shape)] for name, p in model.named_parameters()])
     return {

@@ -89,6 +89,12 @@ def test_optimizer_may_be_instance_or_factory():
         ({"timeout": 5.0}, ValueError, r"timeout: got 5.0 without a plugin"),
         ({"plugin": "ddp", "timeout": "5"}, TypeError, r"timeout: got '5'; allowed: seconds"),
         ({"plugin": "ddp", "timeout": 0}, ValueError, r"timeout: got 0; allowed: seconds above 0"),
+        ({"regather_input": "yes"}, TypeError, "regather_input: got 'yes'; allowed: True or False"),
+        (
+            {"regather_input": True, "sequence_parallel": "ring"},
+            ValueError,
+            "regather_input: got True with sequence_parallel='ring'.*allowed: with 'auto' or 'fastseq'",
+        ),
         ({"sequence_parallel": "ulises"}, ValueError, r"sequence_parallel: got 'ulises'; allowed: 'auto', 'fastseq'"),
         *[
             (

@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "opendit.measuring",
         "opendit.parallel",
         "opendit.patch.core",
+        "opendit.patch.registry",
     },
     "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
     "opendit.api": {
@@ -108,6 +109,7 @@ MAY_IMPORT = {
     "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
+    "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
 }
 

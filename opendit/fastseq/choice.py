@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from opendit.fastseq import switch
 from opendit.fastseq.mesh import groups
 from opendit.fastseq.method import Method, Shape, attention_operations, methods
 from opendit.fastseq.sequence import Sequence
@@ -44,6 +45,7 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     excluded: Mapping[str, str],
+    regather: bool = False,
 ) -> Sequence:
     """The sequence parallelism that `name` ("auto" or a method) stands for, with its reasons; every process calls it.
 
@@ -51,6 +53,7 @@ def choose(
         tokens: L that the model is built for; None where it does not say.
         device, dtype: of the parameters.
         excluded: methods that are wrong here, and why.
+        regather: whether `fastseq` is to gather its input again in the backward.
 
     Raises `ValueError` where an excluded method was asked for by name.
     """
@@ -67,7 +70,52 @@ def choose(
     method = known[chosen]
     ring = method.layout(sp_size, heads)
     groups(sp_size, ring)  # made now, by everyone together, not at some forward
-    return Sequence(chosen, sp_size, ring, reasons=_reasons(name, method, times, shape, sp_size, ring, speeds, tokens))
+    reasons = _reasons(name, method, times, shape, sp_size, ring, speeds, tokens)
+    regather = regather and chosen == "fastseq"
+    if regather:
+        whole = shape.tokens * shape.width * itemsize
+        more = whole * (sp_size - 1) / sp_size
+        reasons += (
+            f"the gathered input is gathered again in the backward: {more / 2**20:.3g} MiB more received per layer and "
+            f"sample there, {more / 2**20:.3g} MiB less kept",
+        )
+    return Sequence(chosen, sp_size, ring, regather=regather, reasons=reasons)
+
+
+def switching(
+    name: str, frames: int, tokens: int, width: int, sp_size: int, device: torch.device, itemsize: int
+) -> Sequence:
+    """The sequence parallelism of models whose blocks alternate between frames and tokens: layouts are switched.
+
+    Raises `ValueError` where a method was asked for by name: they spread attention, and here every attention has its
+    sequence whole. They would send more: 1 + 1/s, 4/s and 2 numbers per pair of blocks, not 2/s.
+    """
+    if name != "auto":
+        raise ValueError(
+            f"sequence_parallel: got {name!r}, but this model's blocks alternate between the tokens of a frame and the "
+            "frames of a token: sequences are kept whole and no attention is spread; allowed here: 'auto'"
+        )
+    place, speeds = groups(sp_size), _speeds(device, sp_size)
+    each = switch.received(frames, tokens, width, itemsize, sp_size)
+    wait = 2 * (speeds.latency + each / speeds.link)
+    most, least = -(-frames // sp_size), frames // sp_size
+    heads = 1  # of which the arithmetic does not depend
+    spatial, temporal = (Shape(n, width, heads, itemsize) for n in (tokens, frames))
+    share = (frames * arithmetic(spatial) + tokens * arithmetic(temporal)) / 2 / sp_size / speeds.gemm
+    # The frames that a process has beyond an even share, in every other block.
+    wait += (most - frames / sp_size) * arithmetic(spatial) / 2 / speeds.gemm
+    reasons = (
+        f"switch (blocks alternate between frames and tokens), sp {sp_size}, dp {place.dp_size}; ranks that share a "
+        f"sample: {place.dp_rank * sp_size} to {place.dp_rank * sp_size + sp_size - 1}, and so on",
+        "spatial blocks on whole frames, temporal blocks on all frames of some tokens: one all-to-all a block each "
+        f"way, two a pair; for a sample of {frames} frames of {tokens} tokens of {width}, {itemsize} bytes a number: "
+        f"received per block {each / 2**20:.3g} MiB forward, {each / 2**20:.3g} MiB backward; frames of a process: "
+        f"{most if least == most else f'{least} or {most}'}, tokens: {-(-tokens // sp_size)}",
+        f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call ({speeds.origin}); waiting per "
+        f"block, forward and backward, nothing hidden: {wait * 1e3:.3g} ms",
+        _beside_dp(wait / share, sp_size),
+    )
+    return Sequence("switch", sp_size, tokens=tokens, reasons=reasons)
 
 
 def arithmetic(shape: Shape) -> float:
@@ -105,9 +153,15 @@ def _reasons(
         f"received per layer and sample {forward / 2**20:.3g} MiB forward, {backward / 2**20:.3g} MiB backward",
         f"link {speeds.link / 1e9:.3g} GB/s, {speeds.latency * 1e6:.3g} µs a call, GEMM {speeds.gemm / 1e12:.3g} "
         f"TFLOP/s ({speeds.origin}); waiting per layer, forward and backward, nothing hidden: {others}",
+        _beside_dp(slower, size),
+    )
+
+
+def _beside_dp(slower: float, size: int) -> str:
+    return (
         f"slower than dp by about {slower:.0%} where there are samples enough: sp {size} with a batch of "
         f"{size} needs the memory of dp with 1 each, and dp waits for nobody inside a layer. Use sp where one "
-        "sequence does not fit a device, or there are fewer samples than devices",
+        "sequence does not fit a device, or there are fewer samples than devices"
     )
 
 

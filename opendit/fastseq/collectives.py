@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from opendit.fastseq import ops
 from opendit.fastseq.ops import Line
-from opendit.fastseq.shards import heads_of, local_length, real, total_length
+from opendit.fastseq.shards import evenly, local_length, real, total_length
 
 
 class _Split(torch.autograd.Function):
@@ -88,7 +88,7 @@ def heads_first(parts: Sequence[Tensor], line: Line, length: int) -> tuple[Tenso
     Results are views of one buffer [B, n·l, S, h, K], cut at `length`.
     """
     B, local, H, K = parts[0].shape
-    S, heads = len(parts), heads_of(H, line.size)
+    S, heads = len(parts), evenly(H, line.size)
     row, h = B * local * S * K, heads[line.rank]
     packed = parts[0].new_empty(row * H)
     begin = 0
@@ -107,7 +107,7 @@ def tokens_first(parts: Sequence[Tensor], total_heads: int, line: Line, local: i
     What lies between `length` and n·l is zero in the results.
     """
     B, length, h, K = parts[0].shape
-    S, n, heads = len(parts), line.size, heads_of(total_heads, line.size)
+    S, n, heads = len(parts), line.size, evenly(total_heads, line.size)
     row = B * local * S * K
     packed = parts[0].new_empty((n, B, local, S, h, K))
     if length < n * local:

@@ -20,7 +20,7 @@ from opendit.fastseq.collectives import to_tokens
 from opendit.fastseq.method import SelfAttention, Shape, uneven_heads
 from opendit.fastseq.project import Rows, gather_project
 from opendit.fastseq.sequence import Sequence
-from opendit.fastseq.shards import heads_of
+from opendit.fastseq.shards import evenly
 
 # From this many numbers of a part on, a part's projection outlasts the launches that overlapping adds: an assumption
 # from launch costs of about 20 µs, to be replaced by a measurement.
@@ -52,9 +52,10 @@ class FastSeq:
                 "'ulysses', 'ring' or 'usp', which call the layer's own modules"
             )
         line, local = sequence.line("sp"), x.shape[1]
-        heads = heads_of(layer.heads, line.size)
+        heads = evenly(layer.heads, line.size)
         rows = Rows(layer.heads, sum(heads[: line.rank]), heads[line.rank])
-        q, k, v = gather_project(x, projection, rows, line, overlapped=_overlaps(x, sequence))
+        overlapped, regather = _overlaps(x, sequence), sequence.regather
+        q, k, v = gather_project(x, projection, rows, line, overlapped=overlapped, regather=regather)
         q, k = layer.normalise(q, k)
         out = layer.attend(q.to(v.dtype), k.to(v.dtype), v)
         return to_tokens(out, layer.heads, line, local).flatten(2)

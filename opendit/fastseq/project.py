@@ -5,12 +5,13 @@
     dW_j = dq_jᵀ·X                       zero in the rows of others, who write theirs
     dx = reduce-scatter(Σ_j dq_j·W_j)
 
-X is kept for the backward. Overlapped, it stays in the parts it came in, [n, B, l, D].
+X is kept for the backward; overlapped, in the parts it came in, [n, B, l, D]. With `regather` only x is kept, and
+gathered again: 1/sp of the memory for one more all-gather; overlapped, for another ring, whose first transfer dx hides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,16 @@ class Static(NamedTuple):
     overlapped: bool
     dtype: torch.dtype | None
     weights: int  # how many of the parameters are weights
+    regather: bool = False
 
 
 def gather_project(
-    x: Tensor, projection: Projection, rows: Rows, line: Line, *, overlapped: bool
+    x: Tensor, projection: Projection, rows: Rows, line: Line, *, overlapped: bool, regather: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, L, h, K] of all tokens, for the local heads, from x [B, l, D] of the local tokens."""
     if projection.dtype is not None:
         x = x.to(projection.dtype)
-    static = Static(rows, line, overlapped, projection.dtype, len(projection.weights))
+    static = Static(rows, line, overlapped, projection.dtype, len(projection.weights), regather)
     q, k, v = _GatherProject.apply(x, static, *projection.weights, *projection.biases)  # type: ignore[no-untyped-call]
     return q, k, v
 
@@ -69,7 +71,7 @@ class _GatherProject(torch.autograd.Function):
         run = _forward_overlapped if static.overlapped else _forward
         with torch.autocast(x.device.type, enabled=False):
             X, outs = run(x, weights, biases, static.line, length)
-        ctx.save_for_backward(X, *flat)
+        ctx.save_for_backward(x if static.regather else X, *flat)
         K = flat[0].shape[0] * static.weights // (3 * static.rows.heads)
         return tuple(out.view(*out.shape[:2], static.rows.here, K) for out in outs)
 
@@ -85,6 +87,8 @@ class _GatherProject(torch.autograd.Function):
         dq = [g.flatten(2) for g in grads]
         run = _backward_overlapped if static.overlapped else _backward
         with torch.autocast(X.device.type, enabled=False):
+            if static.regather and not static.overlapped:
+                X = in_order(ops.gather(X, static.line))[:, : dq[0].shape[1]]
             dx = run(dq, X, weights, dweights, static.line, ctx.local, ctx.needs_input_grad[0])
             for db, g in zip(dbiases, dq, strict=False):
                 db.copy_(g.sum((0, 1)))
@@ -158,9 +162,13 @@ def _linear_into(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> None:
 def _backward_overlapped(
     dq: list[Tensor], X: Tensor, weights: list[Tensor], dweights: list[Tensor], line: Line, local: int, need_dx: bool
 ) -> Tensor | None:
-    """Each part's dx starts at its owner's successor, goes round the ring and ends with the owner, summed."""
-    n, B, _, D = X.shape
+    """Each part's dx starts at its owner's successor, goes round the ring and ends with the owner, summed.
+
+    X [n, B, l, D], or [B, l, D]: this process's part, and the others come round.
+    """
+    n, (B, _, D) = line.size, X.shape[-3:]
     me, length = line.rank, dq[0].shape[1]
+    parts = iter([X[(me - 1 - step) % n] for step in range(n)]) if X.dim() == 4 else _coming_round(X, line)
     total: Tensor | None = None
     for step in range(n):
         r = (me - 1 - step) % n
@@ -170,8 +178,26 @@ def _backward_overlapped(
         part = None
         if need_dx:
             part = F.pad(_input_gradient(rows, weights).view(B, here, D), (0, 0, 0, local - here))
+        x = next(parts)
         for g, dw in zip(rows, dweights, strict=True):
-            dw.add_(g.t() @ X[r, :, :here].reshape(B * here, D))
+            dw.add_(g.t() @ x[:, :here].reshape(B * here, D))
         ops.wait(works)
         total = part if arriving is None or part is None else part.add_(arriving)
     return total
+
+
+def _coming_round(x: Tensor, line: Line) -> Iterator[Tensor]:
+    """The predecessor's part, its predecessor's, …, and x itself last; the next is under way while one is used."""
+    first = ops.start_shift(x, line)  # now, not when the first part is asked for
+
+    def parts() -> Iterator[Tensor]:
+        following, works = first
+        for step in range(line.size - 1):
+            ops.wait(works)
+            part = following
+            if step < line.size - 2:
+                following, works = ops.start_shift(part, line)
+            yield part
+        yield x
+
+    return parts()

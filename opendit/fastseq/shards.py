@@ -58,6 +58,6 @@ def real(total: int, local: int, rank: int) -> int:
     return min(max(total - rank * local, 0), local)
 
 
-def heads_of(heads: int, parts: int) -> list[int]:
-    """How many heads each of `parts` processes computes: as even as can be, possibly none."""
-    return [heads // parts + (r < heads % parts) for r in range(parts)]
+def evenly(n: int, parts: int) -> list[int]:
+    """How many of `n` heads (or frames) each of `parts` processes computes: as even as can be, possibly none."""
+    return [n // parts + (r < n % parts) for r in range(parts)]

@@ -10,6 +10,7 @@ parameters, its mode and the global random state are not touched.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,19 +96,24 @@ def reads_low_precision(sublayer: nn.Module, width: int) -> bool:
             return False
 
 
-def separable(module: nn.Module, shape: torch.Size, dims: Sequence[int]) -> bool:
+def separable(module: nn.Module, shape: torch.Size, dims: Sequence[int], *others: torch.Size) -> bool:
     """Whether `module` gives, for a part of an input of `shape` along each of `dims`, that part of its output for all.
 
-    So does what works token by token (or head by head): a part of the tokens is all it needs.
+    So does what works token by token (or head by head): a part of the tokens is all it needs. `others`: the shapes of
+    further inputs, which are cut along with the first.
     """
     with _neutral(), torch.no_grad():
         try:
-            twin = _small_copy(module, {}, torch.float64).eval()
-            x = torch.randn(shape, dtype=torch.float64)
-            whole = twin(x)
-            cuts = [(x.narrow(dim, 0, 2), x.narrow(dim, 2, shape[dim] - 2)) for dim in dims]
-            parts = [torch.cat([twin(part) for part in cut], dim) for dim, cut in zip(dims, cuts, strict=True)]
-            return all(part.shape == whole.shape and torch.allclose(part, whole, 1e-9, 1e-9) for part in parts)
+            twin = _small_copy(module, {}, torch.float64)
+            xs = [torch.randn(each, dtype=torch.float64) for each in (shape, *others)]
+            for dim, training in itertools.product(dims, (False, True)):
+                twin.train(training)
+                whole = twin(*xs)
+                cuts = ([x.narrow(dim, begin, n) for x in xs] for begin, n in ((0, 2), (2, shape[dim] - 2)))
+                parts = torch.cat([twin(*cut) for cut in cuts], dim)
+                if parts.shape != whole.shape or not torch.allclose(parts, whole, 1e-9, 1e-9):
+                    return False
+            return True
         except Exception:
             return False
 

@@ -43,6 +43,23 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Alternating:
+    """Blocks in pairs over videos' rows [rows, L, D] with a condition per row: within frames, then within tokens.
+
+    The first of a pair is given [R, T, D] and [R, C], the second [B·T, F, D] and [B·T, C]; between them the model moves
+    tokens and frames about but computes nothing that looks across tokens of a frame.
+
+    Attributes:
+        gather: the name of the module after whose output [R, T, C] the model needs all tokens.
+        tokens, frames: T, which is the same for all inputs, and the F that the model is built for.
+    """
+
+    gather: str
+    tokens: Callable[[Any], int]
+    frames: Callable[[Any], int]
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model that `accelerate` knows.
 
@@ -61,7 +78,7 @@ class Family:
     traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
     blocks: str
-    spread: Spread | None = None
+    spread: Spread | Alternating | None = None
     called_apart: tuple[str, ...] = ()
 
 

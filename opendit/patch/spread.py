@@ -29,12 +29,28 @@ _PAIR = Pair(blockwise.forward, blockwise.backward)
 _compared: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
 
 
-class SplitTokens(Patched):
+class ComparesInputs(Patched):
+    """Base of what stands around the first block: its arguments must be alike on all that share a sequence."""
+
+    def _compare_inputs(self, *values: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        module = cast(nn.Module, self)
+        training = module.training and torch.is_grad_enabled()
+        times = _compared.setdefault(module, {})
+        if times.get(training, 0) < inputs.STEPS:
+            times[training] = times.get(training, 0) + 1
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            said = inputs.compare(tensors, self._opendit_sequence.size, training=training)
+            if said is not None:
+                self._note(said)
+
+
+class SplitTokens(ComparesInputs):
     """Around the first block: it gets this process's part of its first argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self._compare_inputs([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+        self._compare_inputs(*args, *kwargs.values())
         first = self._opendit_parameters[0]
         sp = self._opendit_sequence.size
         if args:
@@ -42,16 +58,6 @@ class SplitTokens(Patched):
         elif first in kwargs:
             kwargs = {**kwargs, first: split_tokens(kwargs[first], sp)}
         return cast(Any, super()).forward(*args, **kwargs)
-
-    def _compare_inputs(self, tensors: list[Tensor]) -> None:
-        module = cast(nn.Module, self)
-        training = module.training and torch.is_grad_enabled()
-        times = _compared.setdefault(module, {})
-        if times.get(training, 0) < inputs.STEPS:
-            times[training] = times.get(training, 0) + 1
-            said = inputs.compare(tensors, self._opendit_sequence.size, training=training)
-            if said is not None:
-                self._note(said)
 
 
 class GatherTokens(Patched):
@@ -88,12 +94,16 @@ class SpreadAttention(Sublayer):
         )
         return methods()[sequence.method].attention(x, layer, sequence)
 
+    def _in_parts_of_a_sequence(self) -> bool:
+        sequence = self._opendit_sequence
+        return sequence is not None and sequence.in_attention
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, backend=self._opendit_attention)
 
     def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
-        if self._opendit_sequence is not None:
-            _refuse(
+        if self._in_parts_of_a_sequence():
+            refuse(
                 f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
                 "a part of the tokens only"
             )
@@ -110,5 +120,5 @@ def _projection(x: Tensor, linears: tuple[nn.Module, ...]) -> Projection | str:
     return Projection(weights, biases, autocast_dtype(x))
 
 
-def _refuse(why: str) -> NoReturn:
+def refuse(why: str) -> NoReturn:
     raise ValueError(f"sp_size: {why}; leave sp_size at 1 for this model")

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from opendit.patch.core import Edit
 from opendit.patch.parts import plain_linear
 from opendit.patch.planner import Planner
 from opendit.patch.probe import separable
-from opendit.patch.registry import Family
+from opendit.patch.registry import Family, Spread
 from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
 
 
@@ -32,24 +33,42 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
             f"sp_size: sequence parallelism is not implemented for family {family.name}, which does not say where its "
             "tokens can be split (Family.spread); leave sp_size at 1"
         )
-    blocks = list(model.get_submodule(family.blocks).named_children())
-    if len({id(block) for _, block in blocks}) < len(blocks):
-        raise _cannot(family.blocks, "a block stands in it twice")
+    assert isinstance(spread, Spread)
+    blocks = blocks_of(model, family)
     kept = {entry.fqn: entry.why for entry in planner.kept}
     edits = {edit.fqn: edit for edit in planner.edits}
     for name, block in blocks:
         fqn = f"{family.blocks}.{name}"
         if fqn not in edits:
-            raise _cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
+            raise cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
         _check_attention(planner, f"{fqn}.{spread.attention}", block, edits, kept)
         mlp = f"{fqn}.{spread.mlp}"
         if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
-            raise _cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
+            raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
     first = f"{family.blocks}.{blocks[0][0]}"
-    _put_around(planner, first, SplitTokens, "gets its process's part of the tokens")
-    if spread.gather not in edits and type(model.get_submodule(spread.gather)) is not nn.Linear:
-        raise _cannot(spread.gather, f"it is left to upstream ({kept.get(spread.gather)})")
-    _put_around(planner, spread.gather, GatherTokens, "its output is gathered")
+    put_around(planner, first, SplitTokens, "gets its process's part of the tokens")
+    plan_gather(planner, model, spread.gather)
+
+
+def blocks_of(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
+    """The blocks by name. Raises `ValueError` where one stands twice, or draws random numbers for its rows."""
+    blocks = list(model.get_submodule(family.blocks).named_children())
+    if len({id(block) for _, block in blocks}) < len(blocks):
+        raise cannot(family.blocks, "a block stands in it twice")
+    for name, block in blocks:
+        for inner, module in block.named_modules():
+            if isinstance(module, _DropoutNd) and module.p > 0:
+                why = f"dropout (p={module.p}) would draw one process's part as if it were all"
+                raise cannot(f"{family.blocks}.{name}.{inner}", why)
+    return blocks
+
+
+def plan_gather(planner: Planner, model: nn.Module, fqn: str) -> None:
+    """Puts the gather around the last module, which must work token by token."""
+    if type(model.get_submodule(fqn)) is not nn.Linear and all(edit.fqn != fqn for edit in planner.edits):
+        kept = {entry.fqn: entry.why for entry in planner.kept}
+        raise cannot(fqn, f"it is left to upstream ({kept.get(fqn)})")
+    put_around(planner, fqn, GatherTokens, "its output is gathered")
 
 
 def attention_shape(model: nn.Module, family: Family) -> tuple[int, int]:
@@ -65,7 +84,7 @@ def plain_projections(planner: Planner, model: nn.Module, family: Family) -> boo
 
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
-    assert family.spread is not None
+    assert isinstance(family.spread, Spread)
     for block in model.get_submodule(family.blocks).children():
         yield block.get_submodule(family.spread.attention)
 
@@ -75,15 +94,15 @@ def _check_attention(
 ) -> None:
     edit = edits.get(fqn)
     if edit is None or not issubclass(edit.mixin, SpreadAttention):
-        raise _cannot(fqn, f"its attention is left to upstream ({kept.get(fqn)})")
+        raise cannot(fqn, f"its attention is left to upstream ({kept.get(fqn)})")
     attention = block.get_submodule(fqn.rsplit(".", 1)[1])
     for name in edit.mixin.per_head:
         norm = getattr(attention, name, None)
         if isinstance(norm, nn.Module) and not planner.once(_head_by_head, norm, _head_dim(attention)):
-            raise _cannot(f"{fqn}.{name}", "it gives something else for a part of the heads or tokens")
+            raise cannot(f"{fqn}.{name}", "it gives something else for a part of the heads or tokens")
 
 
-def _put_around(planner: Planner, fqn: str, mixin: Any, what: str) -> None:
+def put_around(planner: Planner, fqn: str, mixin: Any, what: str) -> None:
     for i, edit in enumerate(planner.edits):
         if edit.fqn == fqn:
             said = f"{edit.what}; {what}"
@@ -92,7 +111,7 @@ def _put_around(planner: Planner, fqn: str, mixin: Any, what: str) -> None:
     planner.edits.append(Edit(fqn, mixin, what))
 
 
-def _cannot(fqn: str, why: str) -> ValueError:
+def cannot(fqn: str, why: str) -> ValueError:
     return ValueError(f"sp_size: the tokens of {fqn} can't be spread over processes: {why}; leave sp_size at 1")
 
 

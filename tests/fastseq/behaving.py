@@ -17,30 +17,42 @@ from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
 from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, UserDiT
 
-NAMES = ("dit", "diffusers")
+NAMES = ("dit", "diffusers", "latte")
 tiny_of = {t.name: t for t in TINY if t.name in NAMES}
 
 
 def cases(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for method in ("fastseq", "ring"):  # the collectives of the others are among theirs
+    for method in ("fastseq", "ring", "switch"):  # the collectives of the others are among theirs
         found[f"compiled/{method}"] = functools.partial(compiled, method, world)
     for name in NAMES:
         found[f"inference/{name}"] = functools.partial(inference, name, world)
         found[f"copies/{name}"] = functools.partial(copies, name, world)
         found[f"full checkpointing/{name}"] = functools.partial(full_checkpointing, name, world)
-    for method in ("fastseq", "ulysses"):
+    for method in ("fastseq", "ulysses", "switch"):
         found[f"calls/{method}"] = functools.partial(calls, method, world)
         found[f"ddp/{method}"] = functools.partial(ddp, method, world)
         found[f"fully_shard/{method}"] = functools.partial(sharded, method, world)
-    found["compiled blocks"] = functools.partial(compiled_blocks, world)
+    for name in ("dit", "latte"):
+        found[f"compiled blocks/{name}"] = functools.partial(compiled_blocks, name, world)
     found["autocast"] = functools.partial(autocast, world)
-    found["explain"] = functools.partial(explained, world)
+    found["regather"] = functools.partial(regathered, world)
+    for name in ("dit", "latte"):
+        found[f"explain/{name}"] = functools.partial(explained, name, world)
     found["lengths in flight"] = functools.partial(lengths_in_flight, world)
     found["refusals"] = functools.partial(refusals, world)
     return found
+
+
+def name_of(method: str) -> str:
+    """The model that shows what is particular to a method."""
+    return "latte" if method == "switch" else "dit"
+
+
+def method_of(name: str, method: str) -> str:
+    return "switch" if name == "latte" else method
 
 
 def _averaged(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,23 +71,23 @@ def _error(model: nn.Module, plain: nn.Module, name: str, **options: Any) -> flo
 
 
 def compiled(method: str, world: int) -> float:
-    plain = build(tiny_of["dit"], torch.float64)
+    plain = build(tiny_of[name_of(method)], torch.float64)
     model = torch.compile(spread(twin(plain), method, world), fullgraph=True, backend="aot_eager")
-    return _error(model, plain, "dit")
+    return _error(model, plain, name_of(method))
 
 
-def compiled_blocks(world: int) -> float:
-    plain = build(tiny_of["dit"], torch.float64)
+def compiled_blocks(name: str, world: int) -> float:
+    plain = build(tiny_of[name], torch.float64)
     model = twin(plain)
     opendit.accelerate(model, {"compile": True, "kernels": "reference"}, sp_size=world)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    return _error(model, plain, "dit")
+    return _error(model, plain, name)
 
 
 def inference(name: str, world: int) -> float:
     plain = build(tiny_of[name], torch.float64).eval()
-    model = spread(twin(plain), "fastseq", world)
+    model = spread(twin(plain), method_of(name, "fastseq"), world)
     args, kwargs = tiny_of[name].inputs(torch.float64, torch.device("cpu"))
     with torch.inference_mode():
         expected, found = (tiny_of[name].output(m(*args, **kwargs)) for m in (plain, model))
@@ -87,7 +99,7 @@ def copies(name: str, world: int) -> list[float]:
     plain = build(tiny_of[name])
     for module in plain.modules():
         module._forward_pre_hooks.clear()  # local functions, which don't pickle
-    model = spread(twin(plain), "ulysses", world)
+    model = spread(twin(plain), method_of(name, "ulysses"), world)
     classes = [type(m) for m in plain.modules()]
     there = [_error(m, plain, name) for m in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
     opendit.restore(model)
@@ -112,7 +124,10 @@ def autocast(world: int) -> float:
         truth = run(twin(plain).double(), tiny_of[name])
         theirs = worst(run(plain, tiny_of[name], autocast=torch.bfloat16), truth)[0]
         ours = worst(
-            _averaged(run(spread(twin(plain), "fastseq", world), tiny_of[name], autocast=torch.bfloat16)), truth
+            _averaged(
+                run(spread(twin(plain), method_of(name, "fastseq"), world), tiny_of[name], autocast=torch.bfloat16)
+            ),
+            truth,
         )
         ratio.append(ours[0] / theirs)
     return max(ratio)
@@ -130,17 +145,18 @@ _COLLECTIVES = (
 
 
 def calls(method: str, world: int) -> dict[str, list[str]]:
-    """The collectives of a forward and of a backward of the two-block model, in order."""
-    model = spread(build(tiny_of["dit"], torch.float64), method, world)
-    run(model, tiny_of["dit"])
+    """The collectives of a forward and of a backward of a model, in order."""
+    tiny = tiny_of[name_of(method)]
+    model = spread(build(tiny, torch.float64), method, world)
+    run(model, tiny)
     for _ in range(opendit.fastseq.inputs.STEPS):
-        run(model, tiny_of["dit"])  # the comparison of inputs is over
+        run(model, tiny)  # the comparison of inputs is over
     seen: list[str] = []
     originals = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
     for name, original in originals.items():
         setattr(dist, name, functools.partial(_counted, seen, name, original))
     try:
-        args, kwargs = tiny_of["dit"].inputs(torch.float64, torch.device("cpu"))
+        args, kwargs = tiny.inputs(torch.float64, torch.device("cpu"))
         out = model(*args, **kwargs)
         forward = list(seen)
         out.sum().backward()
@@ -157,31 +173,76 @@ def _counted(seen: list[str], name: str, original: Any, *args: Any, **kwargs: An
 
 def ddp(method: str, world: int) -> tuple[float, float, str]:
     """The mean that DDP takes over the world, with two groups where there are four processes."""
-    plain = build(tiny_of["dit"], torch.float64)
+    plain = build(tiny_of[name_of(method)], torch.float64)
     model = spread(twin(plain), method, 2)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    found = parity.together(wrapped, tiny_of["dit"], 1, averaged=True)
-    return parity.errors(found, parity.alone(plain, tiny_of["dit"], world // 2, 1))
+    found = parity.together(wrapped, tiny_of[name_of(method)], 1, averaged=True)
+    return parity.errors(found, parity.alone(plain, tiny_of[name_of(method)], world // 2, 1))
 
 
 def sharded(method: str, world: int) -> float:
     """FSDP2 over the world on top: gradients are averaged and scattered by it."""
     from torch.distributed.fsdp import fully_shard
 
-    plain = build(tiny_of["dit"], torch.float64)
+    plain = build(tiny_of[name_of(method)], torch.float64)
     model = spread(twin(plain), method, 2)
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    found = run(model, tiny_of["dit"])
+    found = run(model, tiny_of[name_of(method)])
     whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     found = {"output": found["output"], "input": found["input"], **whole}
-    return worst(found, run(plain, tiny_of["dit"]))[0]
+    return worst(found, run(plain, tiny_of[name_of(method)]))[0]
 
 
-def explained(world: int) -> str:
+def kept_bytes(model: nn.Module, inputs: Any) -> int:
+    """What a forward keeps for its backward, parameters aside."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(*inputs)
+    del out
+    return sum(kept.values())
+
+
+def regathered(world: int) -> dict[str, Any]:
+    """Errors, shares of one device's kept bytes without and with gathering again, and what is said about it."""
+    plain = UserDiT(size=32, dim=48, depth=4)
+    inputs = (torch.randn(1, 4, 32, 32), torch.tensor([5]), torch.tensor([1]))
+    config = {"sequence_parallel": "fastseq", "kernels": "reference"}
+    models = [
+        opendit.accelerate(twin(plain), {**config, "regather_input": again}, sp_size=world) for again in (False, True)
+    ]
+    alone = kept_bytes(opendit.accelerate(twin(plain), {"kernels": "reference"}), inputs)
+    text = io.StringIO()
+    opendit.explain(models[1], file=text)
+    without = io.StringIO()
+    other = opendit.accelerate(build(tiny_of["latte"]), {"regather_input": True}, sp_size=world)
+    opendit.explain(other, file=without)
+    return {
+        "compiled": _compiled_regather(world),
+        "shares": [kept_bytes(model, inputs) / alone for model in models],
+        "said": text.getvalue(),
+        "latte": without.getvalue(),
+    }
+
+
+def _compiled_regather(world: int) -> float:
+    plain = build(tiny_of["dit"], torch.float64)
+    model = torch.compile(spread(twin(plain), "fastseq-regather", world), fullgraph=True, backend="aot_eager")
+    return _error(model, plain, "dit")
+
+
+def explained(name: str, world: int) -> str:
     before, after = io.StringIO(), io.StringIO()
-    model = build(tiny_of["dit"])
+    model = build(tiny_of[name])
     opendit.explain(model, sp_size=world, file=before)
     opendit.explain(opendit.accelerate(model, sp_size=world), file=after)
     sequence = [line for line in before.getvalue().splitlines() if line.startswith("  sequence: ")]
@@ -214,6 +275,27 @@ def lengths_in_flight(world: int) -> float:
     return worst_error
 
 
+def _mixing_rows() -> nn.Module:
+    model = build(tiny_of["latte"])
+    for block in model.blocks:
+        block.mlp.register_module("mixer", nn.Conv1d(48, 48, 3))
+        block.mlp.forward = lambda x: x - x.mean(0, keepdim=True)
+    return model
+
+
+def _dropping() -> nn.Module:
+    model = build(tiny_of["latte"])
+    model.blocks[1].mlp.drop1.p = 0.1
+    return model
+
+
+def _with_other_positions(world: int) -> None:
+    """A model for 4 tokens of a frame that is given 9 after all."""
+    model = opendit.accelerate(build(tiny_of["latte"]).eval(), sp_size=world)
+    model.pos_embed = nn.Parameter(torch.randn(1, 9, 48))
+    model(torch.randn(2, 3, 4, 6, 6), torch.tensor([1, 2]), torch.tensor([1, 2]))
+
+
 def refusals(world: int) -> dict[str, str]:
     """What is said to requests that can't be right."""
     said: dict[str, str] = {}
@@ -225,8 +307,13 @@ def refusals(world: int) -> dict[str, str]:
         except (ValueError, NotImplementedError) as error:
             said[what] = str(error)
 
-    latte = next(t for t in TINY if t.family == "latte")
-    tried("family", lambda: opendit.accelerate(build(latte), sp_size=world))
+    latte = tiny_of["latte"]
+    for method in ("fastseq", "ulysses", "ring", "usp"):
+        named = {"sequence_parallel": method}
+        tried(f"latte {method}", lambda named=named: opendit.accelerate(build(latte), named, sp_size=world))
+    tried("latte's rows", lambda: opendit.accelerate(_mixing_rows(), sp_size=world))
+    tried("latte's dropout", lambda: opendit.accelerate(_dropping(), sp_size=world))
+    tried("latte's tokens", lambda: _with_other_positions(world))
     tiny = tiny_of["dit"]
     tried("divisor", lambda: opendit.accelerate(build(tiny), sp_size=world + 1))
     tried("block", lambda: opendit.accelerate(build(tiny), {"fusion": "block"}, sp_size=world))

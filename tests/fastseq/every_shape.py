@@ -11,4 +11,8 @@ from tests.fastseq.whole_models import METHODS, sizes
 
 def cases(world: int) -> dict[str, Any]:
     every = len(TOKENS)
-    return {f"{m}/{sp}": functools.partial(_case, m, sp, every) for sp in sizes(world) for m in METHODS}
+    return {
+        f"{m}/{sp}": functools.partial(_case, m, sp, every)
+        for sp in sizes(world)
+        for m in (*METHODS, "fastseq-overlapped-regather")
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from typing import Any
@@ -30,7 +31,7 @@ def cases(world: int) -> dict[str, Any]:
     return {
         f"{method}/{sp}": functools.partial(_case, method, sp, draws(world))
         for sp in sizes(world)
-        for method in METHODS
+        for method in (*METHODS, "fastseq-overlapped-regather")
     }
 
 
@@ -88,9 +89,10 @@ def _error(method: str, sp: int, heads: int, tokens: int, batch: int, packed: bo
     out = attend(*layer.project(x)).flatten(2)
     expected = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
 
-    name = method.removesuffix("-overlapped")
+    name = method.split("-")[0]
     chosen = methods()[name]
-    sequence = Sequence(name, sp, chosen.layout(sp, heads), overlap=method.endswith("-overlapped"))
+    sequence = Sequence(name, sp, chosen.layout(sp, heads), overlap="-overlapped" in method)
+    sequence = dataclasses.replace(sequence, regather="-regather" in method)
     out = gather_tokens(chosen.attention(split_tokens(x, sp), layer.description(), sequence), sp)
     actual = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
     for grad in actual[2:]:

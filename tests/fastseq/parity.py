@@ -69,16 +69,20 @@ def errors(found: tuple[float, Results], expected: tuple[float, Results]) -> tup
 
 
 def with_method(model: nn.Module, method: str) -> nn.Module:
-    """A spread model with another method, or with "fastseq-overlapped" whatever the size: its plan, applied again."""
+    """A spread model with another method: its plan, applied again.
+
+    "fastseq-overlapped" overlaps whatever the size, "-regather" gathers the input again in the backward.
+    """
     plan = plan_of(model)
     assert plan is not None
-    name, size = method.removesuffix("-overlapped"), plan.choices.sequence.size
+    name, size = method.split("-")[0], plan.choices.sequence.size
     heads = next(m.num_heads if hasattr(m, "num_heads") else m.heads for m in model.modules() if is_attention(m))
     sequence = dataclasses.replace(
         plan.choices.sequence,
         method=name,
         ring=methods()[name].layout(size, heads),
-        overlap=method.endswith("-overlapped"),
+        overlap="-overlapped" in method,
+        regather="-regather" in method,
     )
     groups(size, sequence.ring)
     opendit.restore(model)

@@ -7,7 +7,7 @@ import pytest
 from tests.fastseq import behaving
 from tests.launch import of_every_rank
 
-BESIDE = ("compiled", "inference", "full checkpointing", "fully_shard")
+BESIDE = ("compiled", "compiled blocks", "inference", "full checkpointing", "fully_shard")
 RIGHT = [name for name in behaving.cases(2) if name.split("/")[0] in BESIDE]
 
 
@@ -15,7 +15,7 @@ def found(case: str, world: int = 2):
     return of_every_rank("tests.fastseq.behaving", world, case)
 
 
-@pytest.mark.parametrize("case", [*RIGHT, "compiled blocks", "lengths in flight"])
+@pytest.mark.parametrize("case", [*RIGHT, "lengths in flight"])
 def test_right(case: str):
     assert max(found(case)) <= 1e-10
 
@@ -26,7 +26,7 @@ def test_copies_are_spread_and_restore_is_exact(name: str):
         assert max(errors) <= 1e-5  # in fp32
 
 
-@pytest.mark.parametrize("method", ["fastseq", "ulysses"])
+@pytest.mark.parametrize("method", ["fastseq", "ulysses", "switch"])
 def test_ddp_over_the_world_needs_no_scaling(method: str):
     for loss, gradient, name in found(f"ddp/{method}"):
         assert loss <= 1e-10
@@ -51,16 +51,49 @@ def test_two_collectives_a_layer_each_way_and_one_for_the_model(method: str):
         assert calls["backward"] == [*backward * 2, "gather"]
 
 
+def test_one_collective_a_layer_where_blocks_alternate():
+    """Four layers, spatial and temporal in turn: fewer than two a layer, the model's gather counted in."""
+    for calls in found("calls/switch"):
+        assert calls["forward"] == [*["all_to_all_single"] * 3, "gather"]
+        assert calls["backward"] == [*["all_to_all_single"] * 3, "gather"]
+
+
 def test_explain_shows_method_degree_groups_and_numbers():
-    for text in found("explain"):
+    for text in found("explain/dit"):
         for said in ("chosen by auto", "sp 2, dp 1", "ranks that share", "received per layer", "GB/s", "assumed", "dp"):
             assert said in text
         for method in ("fastseq", "ulysses", "ring", "usp"):
             assert f"{method} " in text
 
 
+def test_explain_shows_what_alternating_blocks_send():
+    for text in found("explain/latte"):
+        for said in (
+            "switch (blocks alternate",
+            "sp 2, dp 1",
+            "received per block",
+            "MiB forward",
+            "frames of a process",
+        ):
+            assert said in text
+        assert "blocks.{1,3} (2)" in text
+
+
+def test_the_input_gathered_again_is_not_kept():
+    for seen in found("regather"):
+        kept, again = seen["shares"]
+        assert again <= 0.55
+        assert again <= kept - 0.02
+        assert seen["compiled"] <= 1e-10
+        assert "gathered again in the backward" in seen["said"]
+        assert "no input is gathered again (regather_input): blocks that alternate" in seen["latte"]
+
+
 SAID = {
-    "family": "sp_size: sequence parallelism is not implemented for family latte",
+    **{f"latte {m}": f"sequence_parallel: got '{m}', but this model's" for m in ("fastseq", "ulysses", "ring", "usp")},
+    "latte's rows": "sp_size: the tokens of blocks.0 can't be spread over processes: it gives something else",
+    "latte's dropout": "blocks.1.mlp.drop1 can't be spread over processes: dropout (p=0.1)",
+    "latte's tokens": "was given 6 frames of 9 tokens",
     "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
     "block": "fusion: got 'block' with sp_size > 1",
     "attention": "sequence_parallel: got 'ring', but blocks of keys",

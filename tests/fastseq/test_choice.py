@@ -56,8 +56,8 @@ def test_each_local_length_stands_for_one_length():
 
 
 def test_heads_are_spread_evenly():
-    assert shards.heads_of(7, 3) == [3, 2, 2]
-    assert shards.heads_of(2, 4) == [1, 1, 0, 0]
+    assert shards.evenly(7, 3) == [3, 2, 2]
+    assert shards.evenly(2, 4) == [1, 1, 0, 0]
 
 
 def test_without_processes_it_says_how_to_start_some():

@@ -35,9 +35,23 @@ def test_catches(case: str):
 
 
 def test_the_ratio_rule_compares_rounding():
-    rows = [line.split() for line in found("sp 4, bf16")[0][1].splitlines() if "bfloat16" in line]
-    assert len(rows) == 2
-    assert all(0.2 < float(row[3]) != 1.0 for row in rows)
+    lines = [line for line in found("sp 4, bf16")[0][1].splitlines() if "bfloat16" in line]
+    assert [line.split(",")[0] for line in lines] == ["output", "gradients", "any of them"]
+    for line, allowed in zip(lines, (1.2, 1.2, 2.0), strict=True):
+        error, said = line.split("bfloat16")[1].split()[1:3]
+        assert float(said) == allowed
+        assert 0.2 < float(error) != 1.0
+
+
+def test_the_ratio_rule_sees_what_twice_the_error_would_let_pass():
+    for _, said in found("residual in bf16"):
+        wrong = [line for line in said.splitlines() if "WRONG" in line]
+        assert wrong
+        assert all(1.2 < float(line.split("bfloat16")[1].split()[1]) < 2 for line in wrong)
+
+
+def test_a_residual_in_bf16_is_held_against_a_plain_model_that_has_one():
+    assert found("bf16 residual")[0][0], found("bf16 residual")[0][1]
 
 
 def test_says_who_is_wrong():

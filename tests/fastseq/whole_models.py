@@ -1,4 +1,4 @@
-"""Cases for `test_whole_models`: every sp × dp × method × {checkpointing, accumulation}, both families."""
+"""Cases for `test_whole_models`: every sp × dp × method × {checkpointing, accumulation}, every family."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from tests.fastseq import parity
 from tests.tiny_models import TINY, Tiny
 
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring", "usp")
+REGATHER = ("fastseq-regather", "fastseq-overlapped-regather")
 CHECKPOINTING = ("no", "reentrant", "non-reentrant")
 MICROS = (1, 2)
 # Four heads and three, 9 tokens: neither divides. Norms with weights on q and k, heads of 20: with two processes only.
-MODELS = {2: ("dit", "dit-qk-norm", "sit-odd", "diffusers"), 4: ("dit", "diffusers")}
+# Latte: 3 frames and 5, the last two of them images; 4 tokens of a frame; its positions in time are trained too.
+MODELS = {
+    2: ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img"),
+    4: ("dit", "diffusers", "latte", "latte-img"),
+}
+
+
+def methods_of(name: str) -> tuple[str, ...]:
+    return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
 
 
 def sizes(world: int) -> list[int]:
@@ -26,7 +35,7 @@ def sizes(world: int) -> list[int]:
 
 
 def names(world: int) -> list[str]:
-    return ["/".join(map(str, c)) for c in itertools.product(MODELS[world], sizes(world), METHODS)]
+    return [f"{name}/{sp}/{m}" for name in MODELS[world] for sp in sizes(world) for m in methods_of(name)]
 
 
 def cases(world: int) -> dict[str, Any]:
@@ -38,7 +47,10 @@ def _tiny(name: str) -> tuple[Tiny, nn.Module]:
     import torch
 
     tiny = next(t for t in TINY if t.name == name)
-    return tiny, build(tiny, torch.float64)
+    model = build(tiny, torch.float64)
+    if hasattr(model, "temp_embed"):
+        model.temp_embed.requires_grad_()
+    return tiny, model
 
 
 @functools.cache
@@ -48,24 +60,46 @@ def _expected(name: str, dp: int, micros: int) -> Any:
 
 
 def spread(model: nn.Module, method: str, sp: int) -> nn.Module:
-    config = {"sequence_parallel": method.removesuffix("-overlapped"), "kernels": "reference"}
+    named = "auto" if method == "switch" else method.split("-")[0]
+    config = {"sequence_parallel": named, "kernels": "reference"}
     opendit.accelerate(model, config, sp_size=sp)
-    return parity.with_method(model, method) if method.endswith("-overlapped") else model
+    return parity.with_method(model, method) if "-" in method else model
 
 
 @functools.cache
 def _spread_once(name: str, sp: int) -> nn.Module:
     """Planned once for all methods: looking at a model takes longer than running it."""
-    return spread(twin(_tiny(name)[1]), "fastseq", sp)
+    return spread(twin(_tiny(name)[1]), methods_of(name)[0], sp)
 
 
-def _case(world: int, name: str, size: str, method: str) -> dict[str, tuple[float, float, str]]:
+def every_case(world: int) -> dict[str, Any]:
+    """Without anything left out: every tiny model, each kind of checkpointing with each number of micro-batches."""
+    return {
+        f"{tiny.name}/{sp}": functools.partial(_every_method, world, tiny.name, sp)
+        for tiny in TINY
+        for sp in sizes(world)
+    }
+
+
+def _every_method(world: int, name: str, sp: int) -> dict[str, tuple[float, float, str]]:
+    methods = methods_of(name) if name.startswith("latte") else METHODS + REGATHER
+    found = {}
+    for method in methods:
+        for how, errors in _case(world, name, str(sp), method, every=True).items():
+            found[f"{method}, {how}"] = errors
+    return found
+
+
+def _case(world: int, name: str, size: str, method: str, every: bool = False) -> dict[str, tuple[float, float, str]]:
     sp = int(size)
     tiny, _ = _tiny(name)
-    model = parity.with_method(_spread_once(name, sp), method)
+    model = _spread_once(name, sp)
+    if method != "switch":
+        parity.with_method(model, method)
     found = {}
-    # Four processes share two cores: there each kind of checkpointing with one number of micro-batches.
-    pairs = itertools.product(CHECKPOINTING, MICROS) if world == 2 else zip(CHECKPOINTING, (1, 2, 2), strict=True)
+    # Processes share two cores: where they are four, each kind of checkpointing with one number of micro-batches.
+    all_pairs = itertools.product(CHECKPOINTING, MICROS)
+    pairs = all_pairs if every or world == 2 else zip(CHECKPOINTING, (1, 2, 2), strict=True)
     for kind, micros in pairs:
         with parity.checkpointing(model, kind):
             together = parity.together(model, tiny, micros)

@@ -121,7 +121,7 @@ class DispatchedAttention(SpreadAttention):
         elif hidden_states.dim() != 3:
             reason = "its input is not [B, L, D]"
         else:
-            if self._opendit_sequence is not None:
+            if self._in_parts_of_a_sequence():
                 out = self._spread(hidden_states, self.heads)
             else:
                 out = attend(*self._project(hidden_states), backend=self._opendit_attention).flatten(2)

@@ -49,7 +49,7 @@ class DispatchedAttention(SpreadAttention):
             return self._upstream("a hook on its attention weights", x)
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return self._upstream("it gates or normalises its output", x)
-        if self._opendit_sequence is not None:
+        if self._in_parts_of_a_sequence():
             out = self._spread(x, self.num_heads)
         else:
             q, k, v = self._project(x)

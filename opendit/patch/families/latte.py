@@ -10,8 +10,9 @@ with a condition each, so the model's forward (pairs, temp_embed, joint training
 It repeats each sample's condition F or T times, and every block computes its modulation on all rows: D·6D products a
 row, beside the 12·D² of each of its L tokens, so 1/(2·L) of a block (L=16 frames: 3 %; L=256 tokens: 0.2 %). The
 repeated condition is a copy by the time a block sees it, and nothing but its values says which rows are equal (in
-LatteIMG not all rows of a sample are). To compare them would wait for the device; to know them takes another forward of
-the model. So it is left.
+LatteIMG not all rows of a sample are). To compare them would wait for the device; to know them takes another forward
+of the model, or tensors that remember how they were repeated through whatever the model does with them. So it is left.
+With sp_size > 1 each process computes the rows of its own frames and tokens (`opendit/patch/alternating.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from opendit.patch.adaln_zero import TRAITS, plan_modules
 from opendit.patch.families.dit import DispatchedAttention, plan_attention
 from opendit.patch.parts import AttentionParts
 from opendit.patch.planner import Planner, has
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Alternating, Family, Trait
 
 
 class MathAttention(DispatchedAttention):
@@ -91,4 +92,9 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks="blocks",
+    spread=Alternating(
+        gather="final_layer",
+        tokens=lambda model: int(model.pos_embed.shape[1]),
+        frames=lambda model: int(model.temp_embed.shape[1]),
+    ),
 )

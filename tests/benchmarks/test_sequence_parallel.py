@@ -1,0 +1,60 @@
+"""The sequence-parallel benchmark runs on two processes, and times nothing that is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import sequence_parallel
+from benchmarks.common import write_results
+from benchmarks.records import load
+from tests.launch import of_every_rank
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="smoke runs are for machines without a GPU")
+
+
+def found(case: str) -> list[dict]:
+    return of_every_rank("tests.benchmarks.spread_layers", 2, case)[0]
+
+
+def test_every_method_is_compared_and_timed(tmp_path):
+    rows = found("right")
+    assert [row["method"] for row in rows] == ["floor", *sequence_parallel.METHODS]
+    for row in rows[1:]:
+        assert row["error"] <= 1e-5  # in fp32
+        for what in ("forward", "both"):
+            assert row[f"exposed_{what}"] == pytest.approx(row[what]["median"] - rows[0][what]["median"])
+        assert "exposed" in sequence_parallel.in_words(row)
+    write_results("sequence_parallel", rows, folder=tmp_path, processes=2)
+    (record,) = load(tmp_path)
+    assert record.theme == "sequence_parallel"
+    assert record.rows == rows
+
+
+def test_a_wrong_method_gets_no_time():
+    rows = {row["method"]: row for row in found("wrong")}
+    for name in ("fastseq", "fastseq overlapped"):
+        assert "one device's layer" in rows[name]["refused"]
+        assert "forward" not in rows[name]
+        assert "ms" not in sequence_parallel.in_words(rows[name])
+    assert "forward" in rows["ulysses"]
+
+
+def test_models_are_compared_and_timed():
+    rows = found("models")
+    assert [row["variant"] for row in rows] == ["one", "sp=2", "dp=2"] * 2
+    for row in rows:
+        assert row["train"]["samples_per_s"] > 0
+        assert ("error_ratio" in row) == row["variant"].startswith("sp")
+
+
+@pytest.mark.slow
+def test_script():
+    script = Path(sequence_parallel.__file__)
+    done = subprocess.run([sys.executable, script, "--smoke"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exposed") == 2 * 2 * len(sequence_parallel.METHODS)
