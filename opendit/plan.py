@@ -43,10 +43,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
     _check_used(cfg, planner)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
-        blocks = model.get_submodule(family.blocks)
-        compiled = tuple(
-            f"{family.blocks}.{name}" for name, block in blocks.named_children() if block._compiled_call_impl is None
-        )
+        compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
     return Plan(
         family=family.name,
         model=type(model).__name__,
@@ -68,9 +65,7 @@ def _spread(
         )
     plan_spread(planner, model, family)
     if cfg.cuda_graphs or choices.keep == "selective":
-        planner.keep(
-            family.blocks, "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts"
-        )
+        planner.keep("blocks", "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts")
     heads, width = attention_shape(model, family)
     assert family.spread is not None
     tokens = family.spread.tokens(model)

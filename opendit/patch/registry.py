@@ -33,12 +33,14 @@ class Spread:
     Attributes:
         gather: the name of the module after whose output [B, L, C] the model needs all tokens.
         attention, mlp: the names of a block's two sublayers.
+        cross: the names of sublayers, in blocks that have them, that look from the tokens at another sequence.
         tokens: how many tokens the model is built for; None where that can't be told.
     """
 
     gather: str
     attention: str
     mlp: str
+    cross: tuple[str, ...] = ()
     tokens: Callable[[Any], int | None] = lambda model: None
 
 
@@ -51,16 +53,21 @@ class Family:
         describes: one line for error messages and documentation.
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
-        blocks: where the transformer blocks are: the name of a ModuleList.
-        spread: where its sequence is split and gathered; None: it has no sequence parallelism.
+        blocks: where the transformer blocks are: the name of a ModuleList, or the names of several.
+        spread: where its sequence is split and gathered, for blocks in one list; None: it has no sequence parallelism.
     """
 
     name: str
     describes: str
     traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
-    blocks: str
+    blocks: str | tuple[str, ...]
     spread: Spread | None = None
+
+    def blocks_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Its transformer blocks by their names in `model`."""
+        lists = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        return [(f"{name}.{i}", block) for name in lists for i, block in model.get_submodule(name).named_children()]
 
 
 _registered: dict[str, Family] = {}

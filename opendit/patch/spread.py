@@ -61,7 +61,19 @@ class GatherTokens(Patched):
         return gather_tokens(cast(Any, super()).forward(*args, **kwargs), self._opendit_sequence.size)
 
 
-class SpreadAttention(Sublayer):
+class OnPart(Patched):
+    """Base of mixins that may be given a part of the tokens, for which upstream's own forward may not do."""
+
+    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        if self._opendit_sequence is not None:
+            _refuse(
+                f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
+                "a part of the tokens only"
+            )
+        return super()._upstream(reason, *args, **kwargs)
+
+
+class SpreadAttention(OnPart, Sublayer):
     """Base of attention mixins that can work on a part of the tokens."""
 
     # By name: the linears that give q, k, v (one packed, or three), and the modules that `_normalise` calls.
@@ -90,14 +102,6 @@ class SpreadAttention(Sublayer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, backend=self._opendit_attention)
-
-    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
-        if self._opendit_sequence is not None:
-            _refuse(
-                f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
-                "a part of the tokens only"
-            )
-        return super()._upstream(reason, *args, **kwargs)
 
 
 def _projection(x: Tensor, linears: tuple[nn.Module, ...]) -> Projection | str:

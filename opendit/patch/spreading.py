@@ -18,7 +18,7 @@ from opendit.patch.parts import plain_linear
 from opendit.patch.planner import Planner
 from opendit.patch.probe import separable
 from opendit.patch.registry import Family
-from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
+from opendit.patch.spread import GatherTokens, OnPart, SplitTokens, SpreadAttention
 
 
 def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
@@ -32,21 +32,22 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
             f"sp_size: sequence parallelism is not implemented for family {family.name}, which does not say where its "
             "tokens can be split (Family.spread); leave sp_size at 1"
         )
-    blocks = list(model.get_submodule(family.blocks).named_children())
+    blocks = family.blocks_of(model)
     if len({id(block) for _, block in blocks}) < len(blocks):
-        raise _cannot(family.blocks, "a block stands in it twice")
+        raise _cannot("its blocks", "one stands in it twice")
     kept = {entry.fqn: entry.why for entry in planner.kept}
     edits = {edit.fqn: edit for edit in planner.edits}
-    for name, block in blocks:
-        fqn = f"{family.blocks}.{name}"
+    for fqn, block in blocks:
         if fqn not in edits:
             raise _cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
         _check_attention(planner, f"{fqn}.{spread.attention}", block, edits, kept)
+        for cross in (f"{fqn}.{name}" for name in spread.cross if getattr(block, name, None) is not None):
+            if cross not in edits or not issubclass(edits[cross].mixin, OnPart):
+                raise _cannot(cross, f"it is left to upstream ({kept.get(cross)}), so it may mix tokens")
         mlp = f"{fqn}.{spread.mlp}"
         if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
             raise _cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
-    first = f"{family.blocks}.{blocks[0][0]}"
-    _put_around(planner, first, SplitTokens, "gets its process's part of the tokens")
+    _put_around(planner, blocks[0][0], SplitTokens, "gets its process's part of the tokens")
     if spread.gather not in edits and type(model.get_submodule(spread.gather)) is not nn.Linear:
         raise _cannot(spread.gather, f"it is left to upstream ({kept.get(spread.gather)})")
     _put_around(planner, spread.gather, GatherTokens, "its output is gathered")
@@ -66,7 +67,7 @@ def plain_projections(planner: Planner, model: nn.Module, family: Family) -> boo
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
     assert family.spread is not None
-    for block in model.get_submodule(family.blocks).children():
+    for _, block in family.blocks_of(model):
         yield block.get_submodule(family.spread.attention)
 
 

@@ -16,10 +16,10 @@ import opendit
 from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
 from tests.fastseq import parity
-from tests.fastseq.whole_models import spread
+from tests.fastseq.whole_models import FIRST, spread
 from tests.tiny_models import TINY
 
-NAMES = ("dit", "diffusers")
+NAMES = FIRST
 tiny_of = {t.name: t for t in TINY if t.name in NAMES}
 
 
