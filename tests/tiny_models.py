@@ -443,6 +443,46 @@ def _pixart_inputs(text: int, height: int = 6, width: int = 6, sizes: bool = Fal
     return inputs
 
 
+def _diffusers_latte(**options: Any) -> nn.Module:
+    from diffusers import LatteTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "cross_attention_dim": 48,
+        "attention_bias": True,
+        "sample_size": 6,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "caption_channels": 10,
+        "video_length": 3,
+    }
+    return LatteTransformer3DModel(**{**config, **options})
+
+
+def _diffusers_latte_inputs(frames: int = 3, height: int = 6, width: int = 6, masked: bool = True):
+    """The model repeats its text for every frame, but not the mask: pipelines pass one row per frame, or none."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(2, 5, 10, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {"timestep": torch.tensor([17, 999], device=device), "encoder_hidden_states": text}
+        if masked:
+            keep = (torch.arange(5) < torch.tensor([[5], [2]])).to(device)
+            more["encoder_attention_mask"] = ((~keep)[:, None].to(dtype) * -10000.0).repeat_interleave(frames, 0)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -482,6 +522,14 @@ TINY = [
         "diffusers_pixart",
         lambda: _pixart(caption_channels=None, cross_attention_dim=20, norm_elementwise_affine=True, norm_eps=1e-3),
         _pixart_inputs(20, 8, 6, masked=False),
+        _sample,
+    ),
+    Tiny("diffusers-latte", "diffusers_latte", _diffusers_latte, _diffusers_latte_inputs(), _sample),
+    Tiny(
+        "diffusers-latte-wide",
+        "diffusers_latte",
+        lambda: _diffusers_latte(attention_bias=False, num_attention_heads=4, attention_head_dim=12, video_length=2),
+        _diffusers_latte_inputs(2, 4, 10, masked=False),
         _sample,
     ),
 ]

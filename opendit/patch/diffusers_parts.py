@@ -128,7 +128,7 @@ class CrossAttention(OnPart):
             reason = mask
         return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
-    def _mask(self, mask: torch.Tensor | None, others: torch.Tensor) -> torch.Tensor | None | str:
+    def _mask(self, mask: torch.Tensor | None, others: torch.Tensor) -> torch.Tensor | str | None:
         """What upstream's `prepare_attention_mask` makes of it, without a copy for every head: [B, 1 or H, Lq, Lk]."""
         if mask is None:
             return None
