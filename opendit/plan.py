@@ -15,23 +15,28 @@ from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
+from opendit.patch.adaln import FusedAdaLN
 from opendit.patch.core import Choices, Plan, notes
+from opendit.patch.generic import generic
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
-from opendit.patch.registry import Family, resolve
+from opendit.patch.registry import GENERIC, Family, named, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
 
 
-def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
-    """What `accelerate(model, cfg, sp_size=sp_size)` would do. Raises `ValueError` where it could do nothing.
+def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str | None = None) -> Plan:
+    """What `accelerate(model, cfg, sp_size=sp_size, family=name)` would do. Raises `ValueError` where it could do
+    nothing, unless that was asked for with "generic".
 
     With `sp_size` > 1 every process calls it: link speeds are measured together.
     """
-    family = resolve(model)
+    family = resolve(model) if name is None else named(name, model)
+    if family is GENERIC:
+        family = generic(model)
     choices = choose(cfg, model)
     planner = Planner()
     family.plan(model, planner)
-    if not planner.edits:
+    if not planner.edits and family.name != GENERIC.name:
         reasons = "; ".join(f"{kept.fqn}: {kept.why}" for kept in planner.kept[:6])
         raise ValueError(
             f"model: {type(model).__name__} looks like family {family.name}, but nothing in it can be accelerated: "
@@ -41,6 +46,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
+    _check_blocks(cfg, planner, family)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
@@ -96,6 +102,27 @@ def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
             )
 
 
+def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
+    """What only fused blocks can do must find one; by name it is refused, of a recipe's it is said."""
+    if cfg.compile and not family.blocks:
+        raise ValueError(
+            "compile: got True, but this model has no list of blocks to compile one by one; leave it out, and wrap "
+            "what accelerate returns in torch.compile"
+        )
+    if any(issubclass(edit.mixin, FusedAdaLN) for edit in planner.edits):
+        return
+    checkpointing = cfg.activation_checkpointing
+    asked = [("residual", cfg.residual != "inherit"), ("fusion", cfg.fusion == "block")]
+    for field, is_asked in (*asked, ("activation_checkpointing", checkpointing in (True, "full"))):
+        if is_asked:
+            raise ValueError(
+                f"{field}: got {getattr(cfg, field)!r}, but no block of this model is fused, and only those can do that"
+                ". Leave it out, or use what the model itself has"
+            )
+    if cfg.cuda_graphs or checkpointing == "selective":
+        planner.keep("", "no CUDA graphs and no selective checkpointing: no block is fused")
+
+
 def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
     """The backend of each kernel and of attention. `"auto"` stays `"auto"`: it is resolved call by call, by
     device, so that the model may still be moved. What is named must be able to run where the model is now.
@@ -134,7 +161,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
-    lines += _grouped((edit.fqn, edit.what) for edit in plan.edits)
+    lines += _grouped((edit.fqn, edit.what) for edit in plan.edits) or ["  nothing"]
     lines.append("by:")
     used = {name for edit in plan.edits for name in edit.mixin.uses}
     for name, backend in plan.choices.kernels:

@@ -89,17 +89,39 @@ def families() -> dict[str, Family]:
     return {**_builtin(), **_registered}
 
 
+def _nothing(model: Any, planner: Planner) -> None: ...
+
+
+# By name only: it holds of every model. What it does is in opendit/patch/generic.py.
+GENERIC = Family("generic", "any model: what needs no knowledge of it", (), _nothing, ())
+
+
 def register_family(family: Family) -> None:
     """Makes `accelerate` know `family`. Raises `ValueError` where the name is taken."""
     if not isinstance(family, Family):
         raise TypeError(f"family: got {type(family).__name__}; allowed: an opendit.patch.registry.Family")
     if not family.traits:
         raise ValueError(f"family: {family.name!r} has no traits and would match every model; give it at least one")
-    if family.name in families():
-        raise ValueError(
-            f"family: the name {family.name!r} is taken; known: {', '.join(families())}. Choose another name"
-        )
+    if family.name in families() or family.name == GENERIC.name:
+        known = ", ".join([*families(), GENERIC.name])
+        raise ValueError(f"family: the name {family.name!r} is taken; known: {known}. Choose another name")
     _registered[family.name] = family
+
+
+def named(name: object, model: nn.Module) -> Family:
+    """The family of that name. Raises `ValueError` where there is none, or `model` is not of it."""
+    known = {**families(), GENERIC.name: GENERIC}
+    if not isinstance(name, str):
+        raise TypeError(f"family: got {name!r}; allowed: None, or one of {', '.join(known)}")
+    if name not in known:
+        raise ValueError(f"family: got {name!r}; allowed: {', '.join(known)}, or None to recognise it")
+    failed = first_failure(known[name], model)
+    if failed is not None:
+        raise ValueError(
+            f"family: got {name!r}, but of {type(model).__name__} it does not hold that {failed.says}. Leave family "
+            "out to recognise the model, or take 'generic'"
+        )
+    return known[name]
 
 
 def resolve(model: nn.Module) -> Family:
@@ -127,7 +149,7 @@ def resolve(model: nn.Module) -> Family:
         + "; ".join(f"{f.name} ({f.describes})" for f in known.values())
         + f". Nearest: {nearest}, but it does not hold that {test.says if test else '?'}. "
         + (_inside(model, known) or "")
-        + "Describe other models with opendit.register_family"
+        + "Describe other models with opendit.register_family, or take what needs no description: family='generic'"
     )
 
 
