@@ -16,7 +16,7 @@ from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
 from opendit.patch.adaln import FusedAdaLN
-from opendit.patch.core import Choices, Plan, notes
+from opendit.patch.core import Choices, Edit, Plan, notes
 from opendit.patch.generic import generic
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
@@ -109,18 +109,29 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
             "compile: got True, but this model has no list of blocks to compile one by one; leave it out, and wrap "
             "what accelerate returns in torch.compile"
         )
-    if any(issubclass(edit.mixin, FusedAdaLN) for edit in planner.edits):
-        return
+    ways = _ways(planner.edits)
     checkpointing = cfg.activation_checkpointing
-    asked = [("residual", cfg.residual != "inherit"), ("fusion", cfg.fusion == "block")]
-    for field, is_asked in (*asked, ("activation_checkpointing", checkpointing in (True, "full"))):
-        if is_asked:
+    if "whole" in ways:
+        return
+    if cfg.cuda_graphs or checkpointing == "selective":
+        planner.keep("", "no CUDA graphs and no selective checkpointing: no block is one function")
+    if cfg.fusion == "block":
+        raise ValueError(
+            "fusion: got 'block'; allowed here: 'auto', 'adaln'. No block of this model is fused as one function: "
+            + "; ".join(sorted({kept.why for kept in planner.kept}))
+        )
+    asked = [("residual", cfg.residual != "inherit"), ("activation_checkpointing", checkpointing in (True, "full"))]
+    for field, is_asked in asked:
+        if is_asked and not ways:
             raise ValueError(
                 f"{field}: got {getattr(cfg, field)!r}, but no block of this model is fused, and only those can do that"
                 ". Leave it out, or use what the model itself has"
             )
-    if cfg.cuda_graphs or checkpointing == "selective":
-        planner.keep("", "no CUDA graphs and no selective checkpointing: no block is fused")
+
+
+def _ways(edits: Iterable[Edit]) -> set[str]:
+    """How the blocks among them can be computed."""
+    return {way for edit in edits if issubclass(edit.mixin, FusedAdaLN) for way in edit.mixin.ways}
 
 
 def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
@@ -161,7 +172,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
-    lines += _grouped((edit.fqn, edit.what) for edit in plan.edits) or ["  nothing"]
+    lines += grouped((edit.fqn, edit.what) for edit in plan.edits) or ["  nothing"]
     lines.append("by:")
     used = {name for edit in plan.edits for name in edit.mixin.uses}
     for name, backend in plan.choices.kernels:
@@ -171,7 +182,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
         lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
     if "attention" in used and plan.choices.attention == "auto":
         lines += [f"    so far {choice}" for choice in attention.choices_made()]
-    lines += _choices_in_words(plan.choices)
+    lines += _choices_in_words(plan.choices, _ways(plan.edits))
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
     modules = dict(model.named_modules())
@@ -181,10 +192,10 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
         compiled_notes.append(
             (fqn, "compiled on its own by torch.compile" if compiled else "no longer compiled (a copy is not)")
         )
-    lines += _grouped(compiled_notes)
+    lines += grouped(compiled_notes)
     lines.append("left as it was:")
-    lines += _grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
-    since = _grouped(notes(model))
+    lines += grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
+    since = grouped(notes(model))
     if since:
         lines += ["while running, since then:", *since]
     return "\n".join(lines)
@@ -210,13 +221,16 @@ _KEEP = {
 }
 
 
-def _choices_in_words(choices: Choices) -> list[str]:
-    rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
+def _choices_in_words(choices: Choices, ways: set[str]) -> list[str]:
+    if "whole" in ways:
+        rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
+    else:
+        rows = [f"  fusion: {_FUSION['adaln'] if ways else 'no block is fused'}"]
     if choices.residual != "inherit":
         rows.append(f"  residual stream under autocast: {choices.residual}")
-    if choices.keep != "all":
+    if choices.keep == "full" or (choices.keep == "selective" and "whole" in ways):
         rows.append(f"  activation checkpointing: {choices.keep}: {_KEEP[choices.keep]}")
-    if choices.graphs:
+    if choices.graphs and "whole" in ways:
         rows.append(
             "  CUDA graphs: on GPUs, in training, of blocks that are one function, where launches can be the limit and "
             "nobody holds what a replay overwrites; not under torch.compile"
@@ -236,7 +250,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _grouped(rows: Iterable[tuple[str, str]]) -> list[str]:
+def grouped(rows: Iterable[tuple[str, str]]) -> list[str]:
     """One line for all modules that differ in their numbers only: `blocks.{0-27}.attn (28)  text`."""
     groups: dict[tuple[str, str], list[list[int]]] = {}
     for fqn, text in rows:

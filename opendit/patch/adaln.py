@@ -36,6 +36,8 @@ class FusedAdaLN(Patched):
     """
 
     casts_for_linear: ClassVar[bool] = True
+    # How a block can be computed: "parts", "whole"; nothing for what is no block.
+    ways: ClassVar[tuple[str, ...]] = ()
 
     def _modulated(self, x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
         """norm(x)·(1 + scale) + shift, for a sublayer."""

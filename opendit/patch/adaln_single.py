@@ -28,6 +28,7 @@ class FusedSingleBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
     uses = BLOCK_KERNELS
+    ways = ("parts",)
     scale_shift_table: torch.Tensor
     norm1: nn.LayerNorm
     attn1: nn.Module
@@ -78,8 +79,6 @@ class FusedSingleBlock(FusedAdaLN):
             assert self.attn2 is not None
             return self.attn2(h, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
 
-        if self._opendit_fusion == "block" or (self._opendit_fusion == "auto" and x.device.type == "cuda"):
-            self._not_whole("its modulation is a table beside an embedding that all blocks share")
         return self._stream_in_parts(
             x, modulation, self.norm1, attn, self.norm2, self.ff, None if self.attn2 is None else cross
         )
@@ -137,7 +136,7 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
             context = block.attn2.to_k.weight.shape[1]
             stand_ins["attn2"] = CrossStandIn(width, context)
         low = all(planner.once(reads_low_precision, sublayer, width) for sublayer in (block.attn1, block.ff))
-        planner.offer(
+        fused = planner.offer(
             name,
             block,
             FusedSingleBlock if low else FusedSingleBlockInFull,
@@ -148,6 +147,8 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
             bypassed=(block.norm1, block.norm2),
             stand_ins=stand_ins,
         )
+        if fused:
+            planner.keep(name, "in parts, not one function: its modulation is a table and what all blocks share")
 
 
 def _inputs(length: int, width: int, context: int | None) -> Inputs:

@@ -169,7 +169,7 @@ def test_an_attention_backend_needs_attention():
 
 
 def test_a_recipes_unused_parts_are_said():
-    assert "no CUDA graphs and no selective checkpointing: no block is fused" in explained(
+    assert "no CUDA graphs and no selective checkpointing: no block is one function" in explained(
         opendit.accelerate(Stranger(), "train", family="generic")
     )
 

@@ -108,9 +108,25 @@ def test_arguments_for_attention_and_chunks_are_left_to_upstream():
 
 
 def test_whole_blocks_are_not_promised():
-    fast = opendit.accelerate(build(PIXART), {"fusion": "block", "kernels": "reference"})
+    with pytest.raises(
+        ValueError, match=r"fusion: got 'block'; allowed here: 'auto', 'adaln'.*its modulation is a table"
+    ):
+        opendit.accelerate(build(PIXART), {"fusion": "block"})
+    said = explained(opendit.accelerate(build(PIXART), "train"))
+    assert "in parts, not one function: its modulation is a table" in said
+    assert "no CUDA graphs and no selective checkpointing" in said
+
+
+@pytest.mark.parametrize("keep", ["full", True])
+def test_blocks_in_parts_are_checkpointed(keep):
+    model = build(PIXART, F64)
+    fast = opendit.accelerate(twin(model), {"activation_checkpointing": keep})
+    error, name = worst(run(fast, PIXART), run(model, PIXART))
+    assert error <= 1e-10, name
+    calls = []
+    fast.transformer_blocks[0].attn2.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     run(fast, PIXART)
-    assert "fused in parts, not as a whole: its modulation is a table" in explained(fast)
+    assert len(calls) == 2, "the block's forward was not computed again"
 
 
 @pytest.mark.parametrize("norm", ["ada_norm_zero", "layer_norm"])

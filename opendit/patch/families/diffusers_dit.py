@@ -30,6 +30,7 @@ class FusedBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
     uses = BLOCK_KERNELS
+    ways = ("parts", "whole")
     norm1: Any
     attn1: nn.Module
     norm3: nn.LayerNorm
