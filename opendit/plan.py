@@ -38,6 +38,8 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     family.plan(model, planner)
     if not planner.edits and family.name != GENERIC.name:
         reasons = "; ".join(f"{kept.fqn}: {kept.why}" for kept in planner.kept[:6])
+        if any("forward" in module.__dict__ for module in model.modules()):
+            reasons += ". Forwards were replaced on instances, as offloading does: call accelerate before that"
         raise ValueError(
             f"model: {type(model).__name__} looks like family {family.name}, but nothing in it can be accelerated: "
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"

@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "families.md"
 _HEAD = """# Families
 
 What `accelerate` does to each kind of model, as it plans for the small ones of the tests. They have two or four blocks:
-`{0-1}` stands for all. `opendit.explain(model)` prints the same for yours, with the kernels and backends that would run it.
+`{0-1}` stands for all. `opendit.explain(model)` prints the same for yours, with the kernels and backends that run it.
 Written by `python tools/families.py`; [adding_a_family.md](adding_a_family.md) says how to add one.
 """
 

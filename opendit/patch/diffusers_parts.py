@@ -145,16 +145,22 @@ class FusedFeedForward(Sublayer):
     net: nn.ModuleList
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not off(*self.net[1:-1]) or hooked(self.net[0]) or hidden_states.dim() != 3:
-            return self._upstream("other arguments, dropout or a hook inside", hidden_states, *args, **kwargs)
+        if args or kwargs or not self._plain() or hidden_states.dim() != 3:
+            reason = "other arguments, dropout, a hook or another activation"
+            return self._upstream(reason, hidden_states, *args, **kwargs)
         first: Any = self.net[0]
         h = gelu(first.proj(hidden_states), approximate=first.approximate, backend=self._kernel("gelu"))
         return self.net[-1](h)
 
+    def _plain(self) -> bool:
+        """Whether nothing stands between its two linears but the GELU."""
+        first: Any = self.net[0]
+        return path(type(first)) == GELU and not hooked(first) and len(self.net) == 3 and off(self.net[1])
+
     def _parts(self) -> MlpParts | str:
         first, last = cast(Any, self.net[0]), self.net[-1]
-        if not off(*self.net[1:-1]) or hooked(first):
-            return "dropout active or a hook inside"
+        if not self._plain():
+            return "dropout, a hook or another activation"
         if not isinstance(last, nn.Linear) or not plain_linear(first.proj, last):
             return "its linears are not torch's own, or something was put on them"
         return MlpParts(first.proj, last, first.approximate == "tanh")
