@@ -340,6 +340,7 @@ class Tiny:
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.dtype, torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
+    whole: bool = True  # whether its blocks can be fused as one function
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -507,7 +508,7 @@ TINY = [
         _diffusers_inputs,
         _sample,
     ),
-    Tiny("pixart", "diffusers_pixart", _pixart, _pixart_inputs(10), _sample),
+    Tiny("pixart", "diffusers_pixart", _pixart, _pixart_inputs(10), _sample, whole=False),
     Tiny(
         "pixart-alpha-sizes",
         "diffusers_pixart",
@@ -516,6 +517,7 @@ TINY = [
         ),
         _pixart_inputs(10, 4, 10, sizes=True),
         _sample,
+        whole=False,
     ),
     Tiny(
         "pixart-plain-text",
@@ -523,13 +525,15 @@ TINY = [
         lambda: _pixart(caption_channels=None, cross_attention_dim=20, norm_elementwise_affine=True, norm_eps=1e-3),
         _pixart_inputs(20, 8, 6, masked=False),
         _sample,
+        whole=False,
     ),
-    Tiny("diffusers-latte", "diffusers_latte", _diffusers_latte, _diffusers_latte_inputs(), _sample),
+    Tiny("diffusers-latte", "diffusers_latte", _diffusers_latte, _diffusers_latte_inputs(), _sample, whole=False),
     Tiny(
         "diffusers-latte-wide",
         "diffusers_latte",
         lambda: _diffusers_latte(attention_bias=False, num_attention_heads=4, attention_head_dim=12, video_length=2),
         _diffusers_latte_inputs(2, 4, 10, masked=False),
         _sample,
+        whole=False,
     ),
 ]
