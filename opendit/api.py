@@ -35,6 +35,7 @@ def accelerate(
     *,
     optimizer: None = None,
     sp_size: int = 1,
+    family: str | None = None,
 ) -> ModelT: ...
 
 
@@ -45,6 +46,7 @@ def accelerate(
     *,
     optimizer: OptimizerT | Callable[[Iterable[nn.Parameter]], OptimizerT],
     sp_size: int = 1,
+    family: str | None = None,
 ) -> tuple[ModelT, OptimizerT]: ...
 
 
@@ -54,6 +56,7 @@ def accelerate(
     booster_cfg: BoosterConfig[OptimizerT] | BoosterConfig[Callable[[Iterable[nn.Parameter]], OptimizerT]],
     *,
     sp_size: int = 1,
+    family: str | None = None,
 ) -> tuple[ModelT, OptimizerT]: ...
 
 
@@ -63,18 +66,22 @@ def accelerate(
     *,
     optimizer: Any = None,
     sp_size: int = 1,
+    family: str | None = None,
 ) -> Any:
     """Makes `model` faster, in place, computing the same function with the same gradients.
 
     Args:
-        model: a model of a known family, plain or wrapped by `torch.compile` or DDP. It is edited in place;
-            parameters, buffers and state-dict keys stay the same objects and names.
+        model: a model of a known family (any, see `family`), plain or wrapped by `torch.compile` or DDP. It is edited
+            in place; parameters, buffers and state-dict keys stay the same objects and names.
         booster_cfg: a `BoosterConfig`, a mapping of its fields, or a recipe (`"train"`, `"sample"`).
         optimizer: an optimizer on the model's parameters (the same object comes back), or a factory, such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`, which is called last.
         sp_size: over how many processes a sequence is spread, a divisor of their number. Every process makes this call,
             and those of one group (sp_size neighbours) run the model on the same inputs; see `seed` and
             `data_parallel_rank`. Where there is no process group, one is set up from torchrun's environment.
+        family: None recognises the model. A name insists on that family. `"generic"` takes any model: modules that are
+            recognised wherever they stand (attention, MLPs) are edited, the rest keeps its code, and `explain` says
+            what was not fused.
 
     Returns:
         `model`, or `(model, optimizer)` where an optimizer was given here or in the config. With `plugin="ddp"` the
@@ -97,7 +104,7 @@ def accelerate(
 
     engine = _engine(cfg, model, target)
     _ensure_processes(target, sp_size, cfg)
-    plan = plan_for(target, cfg, sp_size)
+    plan = plan_for(target, cfg, sp_size, family)
     if engine is not None:
         engine.check(target, optimizer, _setup(target, cfg, sp_size, plan))
         plan = _without_graphs(plan, engine)
@@ -134,11 +141,18 @@ class Boosted(NamedTuple):
     optimizer: Optimizer
 
 
-def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file: TextIO | None = None) -> Plan:
+def explain(
+    model: nn.Module,
+    booster_cfg: Any = None,
+    *,
+    sp_size: int = 1,
+    family: str | None = None,
+    file: TextIO | None = None,
+) -> Plan:
     """Prints what was changed in `model`, by what, and what was not, and why; returns the plan.
 
-    For a model that is not accelerated, it is what `accelerate(model, booster_cfg, sp_size=sp_size)` would do; with
-    `sp_size` > 1 every process makes this call then.
+    For a model that is not accelerated, it is what `accelerate` would do, given the same arguments; with `sp_size` > 1
+    every process makes this call then.
     """
     from opendit.plan import describe, plan_for
 
@@ -147,8 +161,9 @@ def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file
     target = unwrap(model)
     cfg = BoosterConfig.of(booster_cfg)
     applied = core.plan_of(target)
-    if applied is not None and (booster_cfg is not None or sp_size != 1):
-        name = "booster_cfg" if booster_cfg is not None else "sp_size"
+    given = [("booster_cfg", booster_cfg is not None), ("sp_size", sp_size != 1), ("family", family is not None)]
+    if applied is not None and any(is_given for _, is_given in given):
+        name = next(name for name, is_given in given if is_given)
         raise ValueError(f"{name}: the model is already accelerated; explain(model) shows its plan")
     _check_sp_size(sp_size)
     if applied is not None:
@@ -156,7 +171,7 @@ def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file
         lines = known.lines if known is not None else ()
     else:
         _ensure_processes(target, sp_size)
-        plan = plan_for(target, cfg, sp_size)
+        plan = plan_for(target, cfg, sp_size, family)
         engine = _engine(cfg, model, target)
         lines = ()
         if engine is not None:

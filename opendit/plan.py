@@ -16,27 +16,34 @@ from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import spec
+from opendit.patch.adaln import FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
-from opendit.patch.core import Choices, Plan, notes
+from opendit.patch.core import Choices, Edit, Plan, notes
+from opendit.patch.generic import generic
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
-from opendit.patch.registry import Alternating, Family, Spread, resolve
+from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
 from opendit.stepping import Stepping, in_words
 
 
-def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
-    """What `accelerate(model, cfg, sp_size=sp_size)` would do. Raises `ValueError` where it could do nothing.
+def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str | None = None) -> Plan:
+    """What `accelerate(model, cfg, sp_size=sp_size, family=name)` would do. Raises `ValueError` where it could do
+    nothing, unless that was asked for with "generic".
 
     With `sp_size` > 1 every process calls it: link speeds are measured together.
     """
-    family = resolve(model)
+    family = resolve(model) if name is None else named(name, model)
+    if family is GENERIC:
+        family = generic(model)
     choices = choose(cfg, model)
     planner = Planner()
     family.plan(model, planner)
-    if not planner.edits:
+    if not planner.edits and family.name != GENERIC.name:
         reasons = "; ".join(f"{kept.fqn}: {kept.why}" for kept in planner.kept[:6])
+        if any("forward" in module.__dict__ for module in model.modules()):
+            reasons += ". Forwards were replaced on instances, as offloading does: call accelerate before that"
         raise ValueError(
             f"model: {type(model).__name__} looks like family {family.name}, but nothing in it can be accelerated: "
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
@@ -44,17 +51,15 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
     plan_norms(planner, model, choices)
     if cfg.regather_input and (sp_size == 1 or isinstance(family.spread, Alternating)):
         why = "sp_size is 1" if sp_size == 1 else "blocks that alternate between frames and tokens gather none"
-        planner.keep(family.blocks, f"no input is gathered again (regather_input): {why}")
+        planner.keep("blocks", f"no input is gathered again (regather_input): {why}")
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
+    _check_blocks(cfg, planner, family)
     plan_precision(planner, model, cfg.precision)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
-        blocks = model.get_submodule(family.blocks)
-        compiled = tuple(
-            f"{family.blocks}.{name}" for name, block in blocks.named_children() if block._compiled_call_impl is None
-        )
+        compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
     return Plan(
         family=family.name,
         model=type(model).__name__,
@@ -62,10 +67,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
-        units=(
-            *family.called_apart,
-            *(f"{family.blocks}.{n}" for n, _ in model.get_submodule(family.blocks).named_children()),
-        ),
+        units=(*family.called_apart, *(name for name, _ in family.blocks_of(model))),
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
         stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
@@ -88,9 +90,7 @@ def _spread(
         )
     plan_spread(planner, model, family)
     if cfg.cuda_graphs or choices.keep == "selective":
-        planner.keep(
-            family.blocks, "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts"
-        )
+        planner.keep("blocks", "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts")
     heads, width = attention_shape(model, family)
     assert isinstance(family.spread, Spread)
     tokens = family.spread.tokens(model)
@@ -112,7 +112,7 @@ def _spread(
         cfg.regather_input,
     )
     if cfg.regather_input and not sequence.regather:
-        planner.keep(family.blocks, f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
+        planner.keep("blocks", f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
     return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
 
 
@@ -129,6 +129,38 @@ def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
                 f"{field}: got {getattr(cfg, field)!r}, but nothing in this model would use {name}; allowed here: "
                 f"{', '.join(sorted(used))}. Leave it out, or see why parts were left: {reasons}"
             )
+
+
+def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
+    """What only fused blocks can do must find one; by name it is refused, of a recipe's it is said."""
+    if cfg.compile and not family.blocks:
+        raise ValueError(
+            "compile: got True, but this model has no list of blocks to compile one by one; leave it out, and wrap "
+            "what accelerate returns in torch.compile"
+        )
+    ways = _ways(planner.edits)
+    checkpointing = cfg.activation_checkpointing
+    if "whole" in ways:
+        return
+    if cfg.cuda_graphs or checkpointing == "selective":
+        planner.keep("", "no CUDA graphs and no selective checkpointing: no block is one function")
+    if cfg.fusion == "block":
+        raise ValueError(
+            "fusion: got 'block'; allowed here: 'auto', 'adaln'. No block of this model is fused as one function: "
+            + "; ".join(sorted({kept.why for kept in planner.kept}))
+        )
+    asked = [("residual", cfg.residual != "inherit"), ("activation_checkpointing", checkpointing in (True, "full"))]
+    for field, is_asked in asked:
+        if is_asked and not ways:
+            raise ValueError(
+                f"{field}: got {getattr(cfg, field)!r}, but no block of this model is fused, and only those can do that"
+                ". Leave it out, or use what the model itself has"
+            )
+
+
+def _ways(edits: Iterable[Edit]) -> set[str]:
+    """How the blocks among them can be computed."""
+    return {way for edit in edits if issubclass(edit.mixin, FusedAdaLN) for way in edit.mixin.ways}
 
 
 def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
@@ -169,7 +201,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[st
     compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
-    lines += _grouped((edit.fqn, edit.what) for edit in plan.edits)
+    lines += grouped((edit.fqn, edit.what) for edit in plan.edits) or ["  nothing"]
     lines.append("by:")
     used = {name for edit in plan.edits for name in edit.mixin.uses}
     for name, backend in plan.choices.kernels:
@@ -179,7 +211,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[st
         lines.append(f"  attention: {_attention_in_words(plan.choices.attention)}")
     if "attention" in used and plan.choices.attention == "auto":
         lines += [f"    so far {choice}" for choice in attention.choices_made()]
-    lines += _choices_in_words(plan.choices)
+    lines += _choices_in_words(plan.choices, _ways(plan.edits))
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
     lines += [f"  engine: {line}" for line in engine]
@@ -191,10 +223,10 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[st
         compiled_notes.append(
             (fqn, "compiled on its own by torch.compile" if compiled else "no longer compiled (a copy is not)")
         )
-    lines += _grouped(compiled_notes)
+    lines += grouped(compiled_notes)
     lines.append("left as it was:")
-    lines += _grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
-    since = _grouped(notes(model))
+    lines += grouped((kept.fqn, kept.why) for kept in plan.kept) or ["  nothing"]
+    since = grouped(notes(model))
     if since:
         lines += ["while running, since then:", *since]
     return "\n".join(lines)
@@ -220,13 +252,16 @@ _KEEP = {
 }
 
 
-def _choices_in_words(choices: Choices) -> list[str]:
-    rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
+def _choices_in_words(choices: Choices, ways: set[str]) -> list[str]:
+    if "whole" in ways:
+        rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
+    else:
+        rows = [f"  fusion: {_FUSION['adaln'] if ways else 'no block is fused'}"]
     if choices.residual != "inherit":
         rows.append(f"  residual stream under autocast: {choices.residual}")
-    if choices.keep != "all":
+    if choices.keep == "full" or (choices.keep == "selective" and "whole" in ways):
         rows.append(f"  activation checkpointing: {choices.keep}: {_KEEP[choices.keep]}")
-    if choices.graphs:
+    if choices.graphs and "whole" in ways:
         rows.append(
             "  CUDA graphs: on GPUs, in training, of blocks that are one function, where launches can be the limit and "
             "nobody holds what a replay overwrites; not under torch.compile"
@@ -246,7 +281,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _grouped(rows: Iterable[tuple[str, str]]) -> list[str]:
+def grouped(rows: Iterable[tuple[str, str]]) -> list[str]:
     """One line for all modules that differ in their numbers only: `blocks.{0-27}.attn (28)  text`."""
     groups: dict[tuple[str, str], list[list[int]]] = {}
     for fqn, text in rows:

@@ -340,6 +340,7 @@ class Tiny:
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.dtype, torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
+    whole: bool = True  # whether its blocks can be fused as one function
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -406,6 +407,83 @@ def _diffusers_inputs(dtype: torch.dtype, device: torch.device):
     return (x,), {"timestep": t, "class_labels": y}
 
 
+def _pixart(**options: Any) -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "sample_size": 6,
+        "cross_attention_dim": 48,
+        "caption_channels": 10,
+        "norm_num_groups": 1,
+    }
+    return PixArtTransformer2DModel(**{**config, **options})
+
+
+def _pixart_inputs(text: int, height: int = 6, width: int = 6, sizes: bool = False, masked: bool = True):
+    """Text of 5 tokens, of which the samples have 5, 3 and 1; with `sizes`, micro-conditions too."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 4, height, width, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {
+            "encoder_hidden_states": torch.randn(3, 5, text, generator=generator).to(device, dtype),
+            "timestep": torch.tensor([0, 17, 999], device=device),
+        }
+        if masked:
+            more["encoder_attention_mask"] = (torch.arange(5) < torch.tensor([[5], [3], [1]])).to(device)
+        if sizes:
+            more["added_cond_kwargs"] = {
+                "resolution": torch.tensor([[512.0, 512.0], [1024.0, 512.0], [256.0, 768.0]]).to(device, dtype),
+                "aspect_ratio": torch.tensor([[1.0], [2.0], [0.33]]).to(device, dtype),
+            }
+        return (x,), more
+
+    return inputs
+
+
+def _diffusers_latte(**options: Any) -> nn.Module:
+    from diffusers import LatteTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "cross_attention_dim": 48,
+        "attention_bias": True,
+        "sample_size": 6,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "caption_channels": 10,
+        "video_length": 3,
+    }
+    return LatteTransformer3DModel(**{**config, **options})
+
+
+def _diffusers_latte_inputs(frames: int = 3, height: int = 6, width: int = 6, masked: bool = True):
+    """The model repeats its text for every frame, but not the mask: pipelines pass one row per frame, or none."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(2, 5, 10, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {"timestep": torch.tensor([17, 999], device=device), "encoder_hidden_states": text}
+        if masked:
+            keep = (torch.arange(5) < torch.tensor([[5], [2]])).to(device)
+            more["encoder_attention_mask"] = ((~keep)[:, None].to(dtype) * -10000.0).repeat_interleave(frames, 0)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -429,5 +507,33 @@ TINY = [
         lambda: _diffusers_dit(norm_elementwise_affine=True, attention_bias=False, norm_eps=1e-3),
         _diffusers_inputs,
         _sample,
+    ),
+    Tiny("pixart", "diffusers_pixart", _pixart, _pixart_inputs(10), _sample, whole=False),
+    Tiny(
+        "pixart-alpha-sizes",
+        "diffusers_pixart",
+        lambda: _pixart(
+            use_additional_conditions=True, attention_bias=False, num_attention_heads=4, attention_head_dim=12
+        ),
+        _pixart_inputs(10, 4, 10, sizes=True),
+        _sample,
+        whole=False,
+    ),
+    Tiny(
+        "pixart-plain-text",
+        "diffusers_pixart",
+        lambda: _pixart(caption_channels=None, cross_attention_dim=20, norm_elementwise_affine=True, norm_eps=1e-3),
+        _pixart_inputs(20, 8, 6, masked=False),
+        _sample,
+        whole=False,
+    ),
+    Tiny("diffusers-latte", "diffusers_latte", _diffusers_latte, _diffusers_latte_inputs(), _sample, whole=False),
+    Tiny(
+        "diffusers-latte-wide",
+        "diffusers_latte",
+        lambda: _diffusers_latte(attention_bias=False, num_attention_heads=4, attention_head_dim=12, video_length=2),
+        _diffusers_latte_inputs(2, 4, 10, masked=False),
+        _sample,
+        whole=False,
     ),
 ]

@@ -36,6 +36,8 @@ class FusedAdaLN(Patched):
     """
 
     casts_for_linear: ClassVar[bool] = True
+    # How a block can be computed: "parts", "whole"; nothing for what is no block.
+    ways: ClassVar[tuple[str, ...]] = ()
 
     def _modulated(self, x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
         """norm(x)·(1 + scale) + shift, for a sublayer."""
@@ -65,10 +67,19 @@ class FusedAdaLN(Patched):
                 c = module(c)
         else:
             c = ada(c)
+        return self._kept(x, c, norm_a, attn, norm_m, mlp)
+
+    def _stream_in_parts(self, x: Tensor, *args: Any) -> Tensor:
+        """`_in_parts` for a block that can be nothing else: `_block`, given the modulation."""
+        lower = autocast_dtype(x)
+        return self._kept(x if lower is None else self._stream(x, lower), *args)
+
+    def _kept(self, *args: Any) -> Tensor:
+        """The block in parts, keeping for its backward what was asked for."""
         if self._opendit_keep == "full" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._in_parts, x, c, norm_a, attn, norm_m, mlp, use_reentrant=False)
+            out: Tensor = checkpoint(self._in_parts, *args, use_reentrant=False)
             return out
-        return self._in_parts(x, c, norm_a, attn, norm_m, mlp)
+        return self._in_parts(*args)
 
     def _stream(self, x: Tensor, lower: torch.dtype) -> Tensor:
         """x in the dtype that was asked for the residual stream under autocast."""
@@ -81,10 +92,23 @@ class FusedAdaLN(Patched):
         return x
 
     def _in_parts(
-        self, x: Tensor, modulation: Tensor, norm_a: nn.LayerNorm, attn: Sublayer, norm_m: nn.LayerNorm, mlp: Sublayer
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        norm_a: nn.LayerNorm,
+        attn: Sublayer,
+        norm_m: nn.LayerNorm,
+        mlp: Sublayer,
+        cross: Sublayer | None = None,
     ) -> Tensor:
+        """`cross`: a sublayer between the two that is neither modulated nor gated, x ← x + cross(x)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         y = attn(self._modulated(x, norm_a, shift_a, scale_a))
+        if cross is not None:
+            x = gate_residual(x, y, gate_a, backend=self._kernel("gate_residual"))
+            y = cross(x)
+            # Added with a gate of one, it shares the pass of the norm. In y's dtype: no wider than upstream's sum.
+            gate_a = y.new_ones(gate_a.shape)
         x, h = gate_residual_layernorm_modulate(
             x,
             y,

@@ -49,6 +49,7 @@ class FusedBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
     uses = BLOCK_KERNELS
+    ways = ("parts", "whole")
     norm1: nn.LayerNorm
     attn: nn.Module
     norm2: nn.LayerNorm

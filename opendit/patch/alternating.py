@@ -25,7 +25,7 @@ from opendit.patch.planner import Planner, parameters_of_forward
 from opendit.patch.probe import separable
 from opendit.patch.registry import Alternating, Family
 from opendit.patch.spread import ComparesInputs, refuse
-from opendit.patch.spreading import blocks_of, cannot, plan_gather, put_around
+from opendit.patch.spreading import cannot, plan_gather, put_around, whole_blocks
 
 
 class _Rows(Patched):
@@ -94,8 +94,7 @@ def plan_alternating(planner: Planner, model: nn.Module, family: Family) -> None
     """
     spread = family.spread
     assert isinstance(spread, Alternating)
-    for i, (name, block) in enumerate(blocks_of(model, family)):
-        fqn = f"{family.blocks}.{name}"
+    for i, (fqn, block) in enumerate(whole_blocks(model, family)):
         if len(parameters_of_forward(block)) != 2:
             raise cannot(fqn, f"its forward takes ({', '.join(parameters_of_forward(block))}), not rows and conditions")
         if not planner.once(_row_by_row, block, _width(block)):
@@ -112,7 +111,7 @@ def plan_alternating(planner: Planner, model: nn.Module, family: Family) -> None
 def video_shape(model: nn.Module, family: Family) -> tuple[int, int, int]:
     """(frames, tokens of one, hidden size) that the model is built for."""
     assert isinstance(family.spread, Alternating)
-    first = next(model.get_submodule(family.blocks).children())
+    first = family.blocks_of(model)[0][1]
     return family.spread.frames(model), family.spread.tokens(model), _width(first)
 
 

@@ -258,13 +258,14 @@ def unapply(model: nn.Module) -> None:
 
 def untouched(*norms: nn.Module) -> bool:
     """Whether these are still torch's own LayerNorms, with nothing on them that a fused pass would leave out."""
-    return all(type(norm) is nn.LayerNorm and "forward" not in norm.__dict__ and not hooked(norm) for norm in norms)
+    return all(type(norm) is nn.LayerNorm and not hooked(norm) for norm in norms)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether someone registered a hook on a module that a fused forward does not call, or on all modules."""
+    """Whether someone put a hook or another forward on a module that a fused forward does not call, or hooks on all."""
     return bool(
-        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        "forward" in module.__dict__
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -5,6 +5,7 @@ Shapes: x [B, L, D], fc1 D → F, fc2 F → D.
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def plan_mlp(planner: Planner, name: str, mlp: Any) -> None:
         planner.keep(name, "it is not built like timm's Mlp (fc1, act, fc2)")
     elif type(mlp.act) is not nn.GELU or mlp.act.approximate not in APPROXIMATIONS:
         planner.keep(name, f"its activation is {mlp.act}, not torch's GELU")
+    elif not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity | NoneType):
+        planner.keep(name, "it normalises between its linears")
     elif own_attributes(mlp):
         planner.keep(name, f"its forward may read what it stores: {', '.join(own_attributes(mlp))}")
     else:

@@ -44,7 +44,7 @@ def parts_of(sublayer: object) -> AttentionParts | MlpParts | str:
         return "it was left to upstream"
     if type(sublayer)._opendit_made is not type(sublayer):
         return f"it was given another class since ({type(sublayer).__name__})"
-    if "forward" in sublayer.__dict__ or hooked(sublayer):
+    if hooked(sublayer):
         return "a hook or another forward was put on it"
     return sublayer._parts()
 
@@ -62,9 +62,6 @@ def off(*dropouts: nn.Module | None) -> bool:
 def plain_linear(*linears: nn.Module) -> bool:
     """Whether these are torch's own Linears with ordinary parameters, with nothing put on them."""
     return all(
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and not hooked(linear)
+        type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked(linear)
         for linear in linears
     )

@@ -49,7 +49,7 @@ class Planner:
         if reason is not None and hint:
             reason = f"{reason}; {hint}"
         if reason is None and any(hooked(child) for child in bypassed):
-            reason = "hooks are registered on a part that the fused forward does not call"
+            reason = "hooks or another forward are registered on a part that the fused forward does not call"
         if reason is not None:
             self.keep(fqn, reason)
             return False

@@ -170,11 +170,18 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     """What two modules must share for one probe to speak for both: types, shapes, attributes, the same buffers."""
     rows: list[Any] = []
     for name, child in module.named_modules():
-        attributes = repr(sorted(own_attributes(child).items(), key=lambda item: item[0]))
+        attributes = repr(sorted((key, _said(value)) for key, value in own_attributes(child).items()))
         rows.append((name, type(child), attributes, child.__dict__.get("forward")))
     rows.extend((name, tuple(p.shape)) for name, p in module.named_parameters())
     rows.extend((name, id(b)) for name, b in module.named_buffers())
     return tuple(rows)
+
+
+def _said(value: object) -> str:
+    """`repr`, without the address of an object that has nothing but its class (diffusers' attention processors)."""
+    if type(value).__repr__ is object.__repr__ and getattr(value, "__dict__", None) == {}:
+        return f"{type(value).__module__}.{type(value).__qualname__} {id(type(value))}"
+    return repr(value)
 
 
 def _small_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], dtype: torch.dtype) -> nn.Module:

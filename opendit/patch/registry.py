@@ -33,12 +33,14 @@ class Spread:
     Attributes:
         gather: the name of the module after whose output [B, L, C] the model needs all tokens.
         attention, mlp: the names of a block's two sublayers.
+        cross: the names of sublayers, in blocks that have them, that look from the tokens at another sequence.
         tokens: how many tokens the model is built for; None where that can't be told.
     """
 
     gather: str
     attention: str
     mlp: str
+    cross: tuple[str, ...] = ()
     tokens: Callable[[Any], int | None] = lambda model: None
 
 
@@ -68,8 +70,8 @@ class Family:
         describes: one line for error messages and documentation.
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
-        blocks: where the transformer blocks are: the name of a ModuleList.
-        spread: where its sequence is split and gathered; None: it has no sequence parallelism.
+        blocks: where the transformer blocks are: the name of a ModuleList, or the names of several.
+        spread: where its sequence is split and gathered, for blocks in one list; None: it has no sequence parallelism.
         called_apart: names of modules inside blocks that the model also calls from outside them.
     """
 
@@ -77,9 +79,14 @@ class Family:
     describes: str
     traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
-    blocks: str
+    blocks: str | tuple[str, ...]
     spread: Spread | Alternating | None = None
     called_apart: tuple[str, ...] = ()
+
+    def blocks_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Its transformer blocks by their names in `model`."""
+        lists = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        return [(f"{name}.{i}", block) for name in lists for i, block in model.get_submodule(name).named_children()]
 
 
 _registered: dict[str, Family] = {}
@@ -101,17 +108,39 @@ def families() -> dict[str, Family]:
     return {**_builtin(), **_registered}
 
 
+def _nothing(model: Any, planner: Planner) -> None: ...
+
+
+# By name only: it holds of every model. What it does is in opendit/patch/generic.py.
+GENERIC = Family("generic", "any model: what needs no knowledge of it", (), _nothing, ())
+
+
 def register_family(family: Family) -> None:
     """Makes `accelerate` know `family`. Raises `ValueError` where the name is taken."""
     if not isinstance(family, Family):
         raise TypeError(f"family: got {type(family).__name__}; allowed: an opendit.patch.registry.Family")
     if not family.traits:
         raise ValueError(f"family: {family.name!r} has no traits and would match every model; give it at least one")
-    if family.name in families():
-        raise ValueError(
-            f"family: the name {family.name!r} is taken; known: {', '.join(families())}. Choose another name"
-        )
+    if family.name in families() or family.name == GENERIC.name:
+        known = ", ".join([*families(), GENERIC.name])
+        raise ValueError(f"family: the name {family.name!r} is taken; known: {known}. Choose another name")
     _registered[family.name] = family
+
+
+def named(name: object, model: nn.Module) -> Family:
+    """The family of that name. Raises `ValueError` where there is none, or `model` is not of it."""
+    known = {**families(), GENERIC.name: GENERIC}
+    if not isinstance(name, str):
+        raise TypeError(f"family: got {name!r}; allowed: None, or one of {', '.join(known)}")
+    if name not in known:
+        raise ValueError(f"family: got {name!r}; allowed: {', '.join(known)}, or None to recognise it")
+    failed = first_failure(known[name], model)
+    if failed is not None:
+        raise ValueError(
+            f"family: got {name!r}, but of {type(model).__name__} it does not hold that {failed.says}. Leave family "
+            "out to recognise the model, or take 'generic'"
+        )
+    return known[name]
 
 
 def resolve(model: nn.Module) -> Family:
@@ -139,7 +168,7 @@ def resolve(model: nn.Module) -> Family:
         + "; ".join(f"{f.name} ({f.describes})" for f in known.values())
         + f". Nearest: {nearest}, but it does not hold that {test.says if test else '?'}. "
         + (_inside(model, known) or "")
-        + "Describe other models with opendit.register_family"
+        + "Describe other models with opendit.register_family, or take what needs no description: family='generic'"
     )
 
 

@@ -67,7 +67,23 @@ class GatherTokens(Patched):
         return gather_tokens(cast(Any, super()).forward(*args, **kwargs), self._opendit_sequence.size)
 
 
-class SpreadAttention(Sublayer):
+class OnPart(Patched):
+    """Base of mixins that may be given a part of the tokens, for which upstream's own forward may not do."""
+
+    def _in_parts_of_a_sequence(self) -> bool:
+        sequence = self._opendit_sequence
+        return sequence is not None and sequence.in_attention
+
+    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        if self._in_parts_of_a_sequence():
+            refuse(
+                f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
+                "a part of the tokens only"
+            )
+        return super()._upstream(reason, *args, **kwargs)
+
+
+class SpreadAttention(OnPart, Sublayer):
     """Base of attention mixins that can work on a part of the tokens."""
 
     # By name: the linears that give q, k, v (one packed, or three), and the modules that `_normalise` calls.
@@ -94,20 +110,8 @@ class SpreadAttention(Sublayer):
         )
         return methods()[sequence.method].attention(x, layer, sequence)
 
-    def _in_parts_of_a_sequence(self) -> bool:
-        sequence = self._opendit_sequence
-        return sequence is not None and sequence.in_attention
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, backend=self._opendit_attention)
-
-    def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
-        if self._in_parts_of_a_sequence():
-            refuse(
-                f"{type(self)._opendit_base.__name__} would have to run upstream's own forward ({reason}), which sees "
-                "a part of the tokens only"
-            )
-        return super()._upstream(reason, *args, **kwargs)
 
 
 def _projection(x: Tensor, linears: tuple[nn.Module, ...]) -> Projection | str:

@@ -19,7 +19,7 @@ from opendit.patch.parts import plain_linear
 from opendit.patch.planner import Planner
 from opendit.patch.probe import separable
 from opendit.patch.registry import Family, Spread
-from opendit.patch.spread import GatherTokens, SplitTokens, SpreadAttention
+from opendit.patch.spread import GatherTokens, OnPart, SplitTokens, SpreadAttention
 
 
 def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
@@ -34,32 +34,33 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
             "tokens can be split (Family.spread); leave sp_size at 1"
         )
     assert isinstance(spread, Spread)
-    blocks = blocks_of(model, family)
+    blocks = whole_blocks(model, family)
     kept = {entry.fqn: entry.why for entry in planner.kept}
     edits = {edit.fqn: edit for edit in planner.edits}
-    for name, block in blocks:
-        fqn = f"{family.blocks}.{name}"
+    for fqn, block in blocks:
         if fqn not in edits:
             raise cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
         _check_attention(planner, f"{fqn}.{spread.attention}", block, edits, kept)
+        for cross in (f"{fqn}.{name}" for name in spread.cross if getattr(block, name, None) is not None):
+            if cross not in edits or not issubclass(edits[cross].mixin, OnPart):
+                raise cannot(cross, f"it is left to upstream ({kept.get(cross)}), so it may mix tokens")
         mlp = f"{fqn}.{spread.mlp}"
         if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
             raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
-    first = f"{family.blocks}.{blocks[0][0]}"
-    put_around(planner, first, SplitTokens, "gets its process's part of the tokens")
+    put_around(planner, blocks[0][0], SplitTokens, "gets its process's part of the tokens")
     plan_gather(planner, model, spread.gather)
 
 
-def blocks_of(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
+def whole_blocks(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
     """The blocks by name. Raises `ValueError` where one stands twice, or draws random numbers for its rows."""
-    blocks = list(model.get_submodule(family.blocks).named_children())
+    blocks = family.blocks_of(model)
     if len({id(block) for _, block in blocks}) < len(blocks):
-        raise cannot(family.blocks, "a block stands in it twice")
-    for name, block in blocks:
+        raise cannot("its blocks", "one stands in it twice")
+    for fqn, block in blocks:
         for inner, module in block.named_modules():
             if isinstance(module, _DropoutNd) and module.p > 0:
                 why = f"dropout (p={module.p}) would draw one process's part as if it were all"
-                raise cannot(f"{family.blocks}.{name}.{inner}", why)
+                raise cannot(f"{fqn}.{inner}", why)
     return blocks
 
 
@@ -85,7 +86,7 @@ def plain_projections(planner: Planner, model: nn.Module, family: Family) -> boo
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
     assert isinstance(family.spread, Spread)
-    for block in model.get_submodule(family.blocks).children():
+    for _, block in family.blocks_of(model):
         yield block.get_submodule(family.spread.attention)
 
 

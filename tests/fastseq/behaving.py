@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import statistics
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import opendit
 from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
 from tests.fastseq import parity
-from tests.fastseq.whole_models import spread
-from tests.tiny_models import TINY, UserDiT
+from tests.fastseq.whole_models import FIRST, spread
+from tests.tiny_models import TINY, UserDiT, randomise
 
-NAMES = ("dit", "diffusers", "latte")
+NAMES = FIRST
 tiny_of = {t.name: t for t in TINY if t.name in NAMES}
 
 
@@ -117,20 +118,24 @@ def full_checkpointing(name: str, world: int) -> float:
 
 
 def autocast(world: int) -> float:
-    """Of bf16 autocast: our error over that of the plain model, both against fp64."""
-    ratio = []
+    """Of bf16 autocast: our error over that of the plain model, both against fp64, the worst tensor's.
+
+    Of five draws the middle one: in one, the gradients of a nearly uniform softmax may be off by twice as much or half.
+    """
+    ratios = []
     for name in NAMES:
         plain = build(tiny_of[name])
-        truth = run(twin(plain).double(), tiny_of[name])
-        theirs = worst(run(plain, tiny_of[name], autocast=torch.bfloat16), truth)[0]
-        ours = worst(
-            _averaged(
-                run(spread(twin(plain), method_of(name, "fastseq"), world), tiny_of[name], autocast=torch.bfloat16)
-            ),
-            truth,
-        )
-        ratio.append(ours[0] / theirs)
-    return max(ratio)
+        method = method_of(name, "fastseq")
+        fast, found = spread(twin(plain), method, world), []
+        for seed in range(5):
+            randomise(plain, seed)
+            randomise(fast, seed)
+            truth = run(twin(plain).double(), tiny_of[name])
+            theirs = worst(run(plain, tiny_of[name], autocast=torch.bfloat16), truth)[0]
+            ours = worst(_averaged(run(fast, tiny_of[name], autocast=torch.bfloat16)), truth)[0]
+            found.append(ours / theirs)
+        ratios.append(statistics.median(found))
+    return max(ratios)
 
 
 _COLLECTIVES = (

@@ -16,7 +16,7 @@ from opendit.patch import adaln
 from opendit.patch import block as block_file
 from tests.comparing import Results, build, relative_errors, run, twin, worst
 from tests.patch.plain_kernels import use_plain_kernels
-from tests.patch.test_families import each_model, strip_hooks, strip_prefix, total
+from tests.patch.test_families import strip_hooks, strip_prefix, total
 from tests.tiny_models import TINY, Tiny, randomise
 
 DIT = TINY[0]
@@ -26,6 +26,13 @@ IN_PARTS = "fused in parts, not as a whole: "
 # What these models have that a whole block does not: norms with weights of their own, normalised q and k.
 PARTLY = {"dit-qk-norm": "it normalises q and k", "diffusers-affine": "its norms have weights of their own"}
 BF16 = torch.bfloat16
+each_model = pytest.mark.parametrize("tiny", [t for t in TINY if t.whole], ids=lambda t: t.name)
+
+
+@pytest.mark.parametrize("tiny", [t for t in TINY if not t.whole], ids=lambda t: t.name)
+def test_others_are_refused(tiny: Tiny):
+    with pytest.raises(ValueError, match="fusion: got 'block'; allowed here: 'auto', 'adaln'"):
+        fused(tiny.build(), kernels="reference")
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ def test_bf16_autocast_with_interpreted_kernels(tiny: Tiny, interpreter):
     no_worse_under_autocast(tiny, seeds=1)
 
 
-@pytest.mark.parametrize("tiny", [t for t in TINY if t.name not in PARTLY], ids=lambda t: t.name)
+@pytest.mark.parametrize("tiny", [t for t in TINY if t.whole and t.name not in PARTLY], ids=lambda t: t.name)
 def test_bf16_autocast(tiny: Tiny, plain):
     no_worse_under_autocast(tiny, seeds=3)
 

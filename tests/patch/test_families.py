@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -65,11 +66,13 @@ def test_bf16_autocast_is_as_exact_as_the_models_own(tiny: Tiny):
 
 @each_model
 def test_bf16_weights(tiny: Tiny):
-    model = build(tiny)
-    truth = run(twin(model).double(), tiny)
-    theirs = relative_errors(run(twin(model).bfloat16(), tiny), truth)
-    ours = relative_errors(run(accelerated(twin(model).bfloat16()), tiny), truth)
-    assert total(ours) <= 1.2 * total(theirs)
+    theirs, ours = [], []
+    for seed in range(3):  # in one draw, the gradients of a nearly uniform softmax may scatter by more than the rule
+        model = randomise(build(tiny), seed)
+        truth = run(twin(model).double(), tiny)
+        for totals, candidate in ((theirs, twin(model).bfloat16()), (ours, accelerated(twin(model).bfloat16()))):
+            totals.append(total(relative_errors(run(candidate, tiny), truth)))
+    assert statistics.median(ours) <= 1.2 * statistics.median(theirs)
 
 
 def total(errors: dict[str, float]) -> float:
@@ -82,12 +85,11 @@ def test_plan_covers_every_block(tiny: Tiny):
     model = opendit.accelerate(build(tiny))
     plan = opendit.explain(model, file=io.StringIO())
     assert plan.family == tiny.family
-    blocks = model.get_submodule(families()[tiny.family].blocks)
     changed = {edit.fqn for edit in plan.edits}
-    for name, _ in blocks.named_children():
-        block = f"{families()[tiny.family].blocks}.{name}"
-        assert block in changed
-        assert {f"{block}.attn", f"{block}.attn1"} & changed, "its attention is left to upstream"
+    for name, block in families()[tiny.family].blocks_of(model):
+        sublayers = [s for s in ("attn", "attn1", "attn2", "mlp", "ff") if getattr(block, s, None) is not None]
+        assert len(sublayers) >= 2
+        assert {name, *(f"{name}.{s}" for s in sublayers)} <= changed, f"left as it was: {plan.kept}"
 
 
 @each_model
@@ -255,7 +257,7 @@ def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, mon
     model = build(tiny)
     expected = run(model, tiny)
     opendit.accelerate(model, {"compile": True})
-    blocks = list(model.get_submodule(families()[tiny.family].blocks))
+    blocks = [block for _, block in families()[tiny.family].blocks_of(model)]
     assert calls == blocks
     error, name = worst(run(model, tiny), expected)
     assert error <= 1e-5, name

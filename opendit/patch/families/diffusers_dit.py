@@ -11,38 +11,26 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from opendit.attention import attend
-from opendit.kernels.gelu import APPROXIMATIONS, gelu
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import hooked, untouched
-from opendit.patch.mlp import tokens
-from opendit.patch.parts import AttentionParts, MlpParts, Sublayer, off, plain_linear
+from opendit.patch.diffusers_parts import BLOCK, is_class, path, plan_attention, plan_feed_forward
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import StandIn, reads_low_precision
 from opendit.patch.registry import Family, Spread, Trait
-from opendit.patch.spread import SpreadAttention
 
 _MODEL = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
-_BLOCK = "diffusers.models.attention.BasicTransformerBlock"
-_ATTENTION = "diffusers.models.attention_processor.Attention"
-_PROCESSOR = "diffusers.models.attention_processor.AttnProcessor2_0"
-_FEED_FORWARD = "diffusers.models.attention.FeedForward"
-_GELU = "diffusers.models.activations.GELU"
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class FusedBlock(FusedAdaLN):
     """The block with LayerNorm+modulate and gate+residual+LayerNorm+modulate each in one pass."""
 
     uses = BLOCK_KERNELS
+    ways = ("parts", "whole")
     norm1: Any
     attn1: nn.Module
     norm3: nn.LayerNorm
@@ -94,89 +82,18 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class DispatchedAttention(SpreadAttention):
-    """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
-
-    uses = ("attention",)
-    projections = ("to_q", "to_k", "to_v")
-    heads: int
-    processor: object
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    to_out: nn.ModuleList
-    rescale_output_factor: float
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if _path(type(self.processor)) != _PROCESSOR:
-            reason = f"its processor is now {type(self.processor).__name__}"
-        elif attention_mask is not None or encoder_hidden_states is not None or kwargs:
-            reason = "a mask or other arguments were given"
-        elif hidden_states.dim() != 3:
-            reason = "its input is not [B, L, D]"
-        else:
-            if self._in_parts_of_a_sequence():
-                out = self._spread(hidden_states, self.heads)
-            else:
-                out = attend(*self._project(hidden_states), backend=self._opendit_attention).flatten(2)
-            return self.to_out[1](self.to_out[0](out)) / self.rescale_output_factor
-        return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (projection(x).unflatten(-1, (self.heads, -1)) for projection in (self.to_q, self.to_k, self.to_v))
-        return q, k, v
-
-    def _parts(self) -> AttentionParts | str:
-        projections = tuple(m for m in (self.to_q, self.to_k, self.to_v, self.to_out[0]) if isinstance(m, nn.Linear))
-        if _path(type(self.processor)) != _PROCESSOR:
-            return f"its processor is now {type(self.processor).__name__}"
-        if len(projections) != 4 or not plain_linear(*projections):
-            return "its linears are not torch's own, or something was put on them"
-        if not off(self.to_out[1]) or self.rescale_output_factor != 1.0:
-            return "dropout or a factor on its output"
-        return AttentionParts(projections[:3], projections[3], self.heads, self._opendit_attention)
-
-
-class FusedFeedForward(Sublayer):
-    """diffusers' FeedForward (net: GELU with its projection, dropout, linear), the GELU in one pass each way."""
-
-    uses = ("gelu",)
-    net: nn.ModuleList
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not off(*self.net[1:-1]) or hooked(self.net[0]) or hidden_states.dim() != 3:
-            return self._upstream("other arguments, dropout or a hook inside", hidden_states, *args, **kwargs)
-        first: Any = self.net[0]
-        h = gelu(first.proj(hidden_states), approximate=first.approximate, backend=self._kernel("gelu"))
-        return self.net[-1](h)
-
-    def _parts(self) -> MlpParts | str:
-        first, last = cast(Any, self.net[0]), self.net[-1]
-        if not off(*self.net[1:-1]) or hooked(first):
-            return "dropout active or a hook inside"
-        if not isinstance(last, nn.Linear) or not plain_linear(first.proj, last):
-            return "its linears are not torch's own, or something was put on them"
-        return MlpParts(first.proj, last, first.approximate == "tanh")
-
-
 def plan(model: Any, planner: Planner) -> None:
     for i, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{i}"
         _plan_block(planner, name, block)
-        _plan_attention(planner, f"{name}.attn1", block.attn1)
-        _plan_feed_forward(planner, f"{name}.ff", block.ff)
+        plan_attention(planner, f"{name}.attn1", block.attn1)
+        plan_feed_forward(planner, f"{name}.ff", block.ff)
     planner.keep("norm_out", "its modulation is written in the model's own forward")
 
 
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
-    if _path(type(block)) != _BLOCK:
-        planner.keep(name, f"it is a {_path(type(block))}, not {_BLOCK}")
+    if path(type(block)) != BLOCK:
+        planner.keep(name, f"it is a {path(type(block))}, not {BLOCK}")
     elif block.norm_type != "ada_norm_zero" or block.attn2 is not None or block.pos_embed is not None:
         planner.keep(name, "it is not a plain ada_norm_zero block (cross-attention or own positions)")
     elif not plain_layernorm(block.norm1.norm) or not plain_layernorm(block.norm3):
@@ -204,39 +121,6 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         )
 
 
-def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
-    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
-    present = [extra for extra in extras if getattr(attn, extra, None) is not None]
-    if _path(type(attn)) != _ATTENTION:
-        planner.keep(name, f"it is a {_path(type(attn))}, not {_ATTENTION}")
-    elif _path(type(attn.processor)) != _PROCESSOR:
-        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
-    elif present or attn.residual_connection:
-        planner.keep(name, f"it has {', '.join(present) or 'a residual connection'}")
-    else:
-        width = attn.to_q.weight.shape[1]
-        planner.offer(
-            name,
-            attn,
-            DispatchedAttention,
-            "q, k, v go to the chosen attention backend",
-            [
-                lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
-                lambda dtype: (torch.randn(1, 133, width, dtype=dtype),),
-            ],
-        )
-
-
-def _plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:
-    if _path(type(ff)) != _FEED_FORWARD or _path(type(ff.net[0])) != _GELU:
-        planner.keep(name, f"it is a {_path(type(ff))} beginning with {_path(type(ff.net[0]))}, not a GELU's")
-    elif ff.net[0].approximate not in APPROXIMATIONS or len(ff.net) != 3:
-        planner.keep(name, "it is not projection, GELU, dropout and linear")
-    else:
-        width = ff.net[0].proj.weight.shape[1]
-        planner.offer(name, ff, FusedFeedForward, "GELU: one pass", tokens(width), bypassed=(ff.net[0],))
-
-
 def _tokens(model: Any) -> int | None:
     return (model.config.sample_size // model.config.patch_size) ** 2
 
@@ -245,7 +129,7 @@ FAMILY = Family(
     name="diffusers_dit",
     describes="diffusers' DiTTransformer2DModel; recognised by class",
     traits=(
-        Trait(f"it is a {_MODEL}", lambda m: any(_path(c) == _MODEL for c in type(m).__mro__)),
+        Trait(f"it is a {_MODEL}", lambda m: is_class(m, _MODEL)),
         Trait("it has transformer_blocks", lambda m: has(m, "transformer_blocks")),
     ),
     plan=plan,

@@ -1,0 +1,65 @@
+"""What can be done for a model of no known family, asked for by `family="generic"`. It is never chosen by itself.
+
+Modules that are recognised wherever they stand (timm's and diffusers' attention and MLPs, LayerNorms where a kernel is
+named) are offered the same edits as in known families, by the same checks. What stands between them (LayerNorm,
+modulation, gate, residual) is written in forwards that nobody has described, and stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from torch import nn
+
+from opendit.patch import diffusers_parts
+from opendit.patch.families import dit
+from opendit.patch.mlp import plan_mlp
+from opendit.patch.planner import Planner, has
+from opendit.patch.registry import GENERIC, Family
+
+
+def generic(model: nn.Module) -> Family:
+    """The family of `model` alone. Its blocks are those of ModuleLists of one class that stand in no other block."""
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and len(module) > 1
+        if alike and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+    return dataclasses.replace(GENERIC, plan=plan, blocks=tuple(lists))
+
+
+def plan(model: Any, planner: Planner) -> None:
+    planner.keep(
+        "", "no family describes it, so LayerNorm, modulation, gate and residual run as its own forward has them"
+    )
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        if _plan(planner, name, module):
+            inside.append(name)
+
+
+def _plan(planner: Planner, name: str, module: Any) -> bool:
+    """Whether `module` is one that is looked at as a whole; what came of it is then in the planner."""
+    kind = diffusers_parts.path(type(module))
+    if kind == diffusers_parts.ATTENTION:
+        if module.is_cross_attention:
+            diffusers_parts.plan_cross_attention(planner, name, module)
+        else:
+            diffusers_parts.plan_attention(planner, name, module)
+    elif kind == diffusers_parts.FEED_FORWARD:
+        diffusers_parts.plan_feed_forward(planner, name, module)
+    elif has(module, "num_heads", "qkv.weight", "proj", "attn_drop", "proj_drop"):
+        dit.plan_attention(planner, name, module)
+    elif has(module, "fc1.weight", "act", "fc2.weight"):
+        plan_mlp(planner, name, module)
+    elif re.search("attn|attention", type(module).__name__, re.IGNORECASE) and any(module.children()):
+        planner.keep(
+            name, f"its attention is a {kind}, built neither like timm's nor like diffusers'; it keeps its own"
+        )
+    else:
+        return False
+    return True

@@ -1,0 +1,544 @@
+"""Models that are nearly of a family compute exactly what they computed: the odd part is fused or left, never wrong.
+
+A near-miss takes a healthy tiny model and makes one thing odd in it. `left` names the modules that must not be edited,
+with a reason in the plan; `fused` those that must be edited all the same, since their mixin computes the odd thing too.
+"""
+
+from __future__ import annotations
+
+import io
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import opendit
+from opendit.patch import planner
+from tests.comparing import build, run, worst
+from tests.tiny_models import TINY, Mlp, NewAttention, modulate, randomise
+
+F64 = torch.float64
+BY_NAME = {t.name: t for t in TINY}
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    name: str
+    base: str
+    make: Callable[[Any], None]
+    left: tuple[str, ...]
+    fused: tuple[str, ...]
+    alters: bool  # whether what the model computes is changed by it
+
+
+MISSES: list[NearMiss] = []
+
+
+def miss(*bases: str, left: str = "", fused: str = "", alters: bool = True):
+    def register(make: Callable[[Any], None]):
+        for base in bases:
+            name = f"{base}: {make.__name__.replace('_', ' ')}"
+            MISSES.append(NearMiss(name, base, make, tuple(left.split()), tuple(fused.split()), alters))
+        return make
+
+    return register
+
+
+def becomes(module: nn.Module, forward: Callable, **more: Any) -> None:
+    """A subclass of the module's own class with another forward, as a user would write it."""
+    module.__class__ = type(f"Odd{type(module).__name__}", (type(module),), {"forward": forward, **more})
+
+
+def parts(block: nn.Module, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(m.unsqueeze(1) for m in block.adaLN_modulation(c).chunk(6, dim=1))
+
+
+# -- blocks that users write: DiT's and Latte's ------------------------------------------------------------------------
+
+users = ("dit", "latte")
+
+
+@miss(*users, left="blocks.1", fused="blocks.0 blocks.1.attn blocks.1.mlp")
+def chunks_swapped(model):
+    def forward(self, x, c):
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = parts(self, c)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1")
+def gates_before_scales(model):
+    def forward(self, x, c):
+        gate_a, shift_a, scale_a, gate_m, shift_m, scale_m = parts(self, c)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1")
+def gate_through_tanh(model):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        x = x + gate_a.tanh() * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)
+        return x + gate_m.tanh() * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1")
+def norm_after_the_sublayer(model):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        x = x + gate_a * (self.norm1(self.attn(x)) * (1 + scale_a) + shift_a)
+        return x + gate_m * (self.norm2(self.mlp(x)) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", "latte", left="blocks.1")
+def sublayers_beside_each_other(model):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        a = self.attn(self.norm1(x) * (1 + scale_a) + shift_a)
+        return x + gate_a * a + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1")
+def residual_of_the_normed_input(model):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        h = self.norm1(x) * (1 + scale_a) + shift_a
+        x = h + gate_a * self.attn(h)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1")
+def output_clamped(model):
+    super_forward = type(model.blocks[1]).forward
+    becomes(model.blocks[1], lambda self, x, c: super_forward(self, x, c).clamp(-0.5, 0.5))
+
+
+@miss("dit", left="blocks.1", alters=False)
+def condition_without_gradient(model):
+    super_forward = type(model.blocks[1]).forward
+    becomes(model.blocks[1], lambda self, x, c: super_forward(self, x, c.detach()))
+
+
+@miss("dit", left="blocks.1")
+def calm_in_evaluation_only(model):
+    super_forward = type(model.blocks[1]).forward
+    becomes(model.blocks[1], lambda self, x, c: super_forward(self, x, c) * (0.5 if self.training else 1.0))
+
+
+@miss("dit", left="blocks.1", alters=False)
+def computes_in_single_precision(model):
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        x = x + gate_a * self.attn(self.norm1(x.float()).to(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss("dit", left="blocks.1", alters=False)
+def a_part_too_many(model):
+    model.blocks[1].norm3 = nn.LayerNorm(48)
+
+
+@miss("dit", left="blocks.1", alters=False)
+def an_attribute_that_forward_may_read(model):
+    model.blocks[1].layer_scale = 1.0
+
+
+@miss("dit", left="blocks.1")
+def forward_on_the_instance(model):
+    inner = model.blocks[1].forward
+    model.blocks[1].forward = lambda x, c: 2 * inner(x, c)
+
+
+@miss("dit", left="blocks.1")
+def root_mean_square_norm(model):
+    model.blocks[1].norm1 = nn.RMSNorm(48, eps=1e-6)
+
+
+@miss("dit", left="blocks.1")
+def norm_that_doubles(model):
+    becomes(model.blocks[1].norm2, lambda self, x: 2 * nn.LayerNorm.forward(self, x))
+
+
+@miss("dit", fused="blocks.1")
+def norms_with_other_eps(model):
+    model.blocks[1].norm1.eps, model.blocks[1].norm2.eps = 1e-1, 1e-2
+
+
+@miss("dit", fused="blocks.1")
+def norms_with_weights_and_no_bias(model):
+    model.blocks[1].norm1, model.blocks[1].norm2 = (nn.LayerNorm(48, bias=False) for _ in range(2))
+
+
+@miss("dit", left="blocks.1", alters=False)
+def one_norm_for_both(model):
+    model.blocks[1].norm2 = model.blocks[1].norm1
+
+
+@miss("dit", "latte", fused="blocks.1")
+def modulation_without_bias(model):
+    model.blocks[1].adaLN_modulation[1] = nn.Linear(48, 288, bias=False)
+
+
+@miss("dit", fused="blocks.1")
+def modulation_by_gelu(model):
+    model.blocks[1].adaLN_modulation[0] = nn.GELU()
+
+
+@miss("dit", fused="blocks.1")
+def modulation_of_two_layers(model):
+    model.blocks[1].adaLN_modulation.insert(1, nn.Linear(48, 48))
+
+
+# -- attention and MLPs that users write -------------------------------------------------------------------------------
+
+
+@miss("dit-old-timm", "latte", left="blocks.1.attn", fused="blocks.1")
+def attention_with_another_scale(model):
+    model.blocks[1].attn.scale = 1.0
+
+
+@miss("dit", left="blocks.1.attn", fused="blocks.1")
+def attention_that_adds_its_input(model):
+    super_forward = type(model.blocks[1].attn).forward
+    becomes(model.blocks[1].attn, lambda self, x, *a, **k: x + super_forward(self, x, *a, **k))
+
+
+@miss("dit", left="blocks.1.attn")
+def causal_attention(model):
+    super_forward = type(model.blocks[1].attn).forward
+    becomes(model.blocks[1].attn, lambda self, x, attn_mask=None: super_forward(self, x, None, True))
+
+
+@miss("dit", left="blocks.1.attn")
+def attention_with_its_heads_cut_otherwise(model):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    becomes(model.blocks[1].attn, forward)
+
+
+@miss("dit", left="blocks.1.attn")
+def attention_with_keys_and_values_swapped(model):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, v, k = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    becomes(model.blocks[1].attn, forward)
+
+
+@miss("dit", fused="blocks.1.attn")
+def attention_without_biases(model):
+    model.blocks[1].attn.qkv, model.blocks[1].attn.proj = nn.Linear(48, 144, bias=False), nn.Linear(48, 48, bias=False)
+
+
+@miss("dit", fused="blocks.1.attn")
+def attention_that_normalises_queries_only(model):
+    model.blocks[1].attn.q_norm = nn.RMSNorm(12)
+
+
+@miss("dit", left="blocks.1.attn")
+def attention_that_normalises_its_output(model):
+    model.blocks[1].attn.norm = nn.LayerNorm(48)
+
+
+@miss("dit", left="blocks.1.attn")
+def attention_with_a_gate(model):
+    model.blocks[1].attn = NewAttention(48, 4, gated=True)
+
+
+@miss("dit", fused="blocks.1.attn")
+def attention_with_a_linear_that_scales(model):
+    becomes(model.blocks[1].attn.qkv, lambda self, x: 2 * nn.Linear.forward(self, x))
+
+
+@miss("dit", fused="blocks.1.attn", alters=False)
+def attention_with_parametrised_weights(model):
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attn.qkv)
+
+
+@miss("dit", "latte", left="blocks.1.mlp", fused="blocks.1")
+def mlp_with_relu(model):
+    model.blocks[1].mlp.act = nn.ReLU()
+
+
+@miss("dit", fused="blocks.1.mlp")
+def mlp_with_exact_gelu(model):
+    model.blocks[1].mlp.act = nn.GELU()
+
+
+@miss("dit", left="blocks.1.mlp")
+def mlp_with_a_norm(model):
+    model.blocks[1].mlp.norm = nn.LayerNorm(192)
+
+
+@miss("dit", fused="blocks.1.mlp")
+def mlp_without_bias(model):
+    model.blocks[1].mlp.fc1 = nn.Linear(48, 192, bias=False)
+
+
+@miss("dit", left="blocks.1.mlp", fused="blocks.1")
+def mlp_with_a_gate(model):
+    def forward(self, x):
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.act(a) * b)
+
+    model.blocks[1].mlp = mlp = Mlp(48, 192)
+    mlp.fc2 = nn.Linear(96, 48)
+    becomes(mlp, forward)
+
+
+@miss("dit", left="blocks.1.mlp")
+def mlp_that_doubles(model):
+    becomes(model.blocks[1].mlp, lambda self, x: 2 * Mlp.forward(self, x))
+
+
+# -- heads, timesteps, models ------------------------------------------------------------------------------------------
+
+
+@miss("dit", "latte", left="final_layer", fused="blocks.0 blocks.1")
+def head_with_chunks_swapped(model):
+    def forward(self, x, c):
+        scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    becomes(model.final_layer, forward)
+
+
+@miss("dit", left="final_layer")
+def head_with_an_activation(model):
+    super_forward = type(model.final_layer).forward
+    becomes(model.final_layer, lambda self, x, c: super_forward(self, x, c).tanh())
+
+
+@miss("dit", fused="final_layer")
+def head_with_a_norm_of_its_own(model):
+    model.final_layer.norm_final = nn.LayerNorm(48, eps=1e-3)
+
+
+@miss("dit", left="t_embedder")
+def timesteps_scaled(model):
+    embedder = model.t_embedder
+    becomes(embedder, lambda self, t: self.mlp(self.timestep_embedding(t, self.frequency_embedding_size) * 2))
+
+
+@miss("dit", fused="t_embedder")
+def timesteps_with_sine_first(model):
+    embedding = type(model.t_embedder).timestep_embedding
+    swapped = staticmethod(lambda t, dim, max_period=10000: embedding(t, dim, max_period).flip(-1))
+    becomes(model.t_embedder, type(model.t_embedder).forward, timestep_embedding=swapped)
+
+
+@miss("dit", fused="blocks.0 blocks.1 final_layer")
+def model_that_runs_its_blocks_twice(model):
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        for block in (*self.blocks, *self.blocks):
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    becomes(model, forward)
+
+
+@miss("dit", fused="blocks.1 blocks.1.attn", alters=False)
+def the_same_block_twice(model):
+    model.blocks[0] = model.blocks[1]
+
+
+# -- diffusers' --------------------------------------------------------------------------------------------------------
+
+theirs = ("diffusers", "pixart", "diffusers-latte")
+single = ("pixart", "diffusers-latte")
+
+
+@miss(*theirs, left="transformer_blocks.1", fused="transformer_blocks.0")
+def subclass_of_the_block(model):
+    super_forward = type(model.transformer_blocks[1]).forward
+    becomes(model.transformer_blocks[1], lambda self, x, *a, **k: 0.5 * super_forward(self, x, *a, **k))
+
+
+@miss(*theirs, left="transformer_blocks.1")
+def block_with_another_forward(model):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states + type(self).forward(self, hidden_states, *args, **kwargs)
+
+    block = model.transformer_blocks[1]
+    block.forward = types.MethodType(forward, block)
+
+
+@miss(*theirs, left="transformer_blocks.1.attn1")
+def attention_with_a_processor_of_ones_own(model):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Doubling(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return 2 * super().__call__(*args, **kwargs)
+
+    model.transformer_blocks[1].attn1.set_processor(Doubling())
+
+
+@miss(*theirs, left="transformer_blocks.1.attn1", fused="transformer_blocks.1")
+def attention_with_norms_on_queries(model):
+    model.transformer_blocks[1].attn1.norm_q = nn.LayerNorm(16)
+
+
+@miss(*theirs, left="transformer_blocks.1.attn1", fused="transformer_blocks.1")
+def attention_with_a_residual(model):
+    model.transformer_blocks[1].attn1.residual_connection = True
+
+
+@miss(*theirs, fused="transformer_blocks.1.attn1")
+def attention_with_a_factor(model):
+    model.transformer_blocks[1].attn1.rescale_output_factor = 3.0
+
+
+@miss("diffusers", "pixart", fused="transformer_blocks.1.attn1", alters=False)
+def attention_with_dropout(model):
+    model.transformer_blocks[1].attn1.to_out[1].p = 0.5
+
+
+@miss(*theirs, fused="transformer_blocks.1")
+def norm_of_the_feed_forward_with_weights(model):
+    name = "norm3" if hasattr(model.transformer_blocks[1], "norm3") else "norm2"
+    setattr(model.transformer_blocks[1], name, nn.LayerNorm(48, eps=1e-2))
+
+
+@miss(*theirs, left="transformer_blocks.1")
+def root_mean_square_norm_before_the_feed_forward(model):
+    name = "norm3" if hasattr(model.transformer_blocks[1], "norm3") else "norm2"
+    setattr(model.transformer_blocks[1], name, nn.RMSNorm(48, eps=1e-6))
+
+
+@miss(*theirs, left="transformer_blocks.1.ff", fused="transformer_blocks.1")
+def feed_forward_with_a_gate(model):
+    from diffusers.models.attention import FeedForward
+
+    model.transformer_blocks[1].ff = FeedForward(48, activation_fn="geglu")
+
+
+@miss(*theirs, fused="transformer_blocks.1.ff")
+def feed_forward_with_exact_gelu(model):
+    model.transformer_blocks[1].ff.net[0].approximate = "none"
+
+
+@miss("pixart", left="transformer_blocks.1.ff")
+def feed_forward_with_a_final_dropout(model):
+    model.transformer_blocks[1].ff.net.append(nn.Dropout(0.0))
+    model.transformer_blocks[1].ff.net.append(nn.Linear(48, 48))
+
+
+@miss("pixart", "diffusers-latte", left="transformer_blocks.1.attn2", fused="transformer_blocks.1")
+def text_attention_with_a_residual(model):
+    model.transformer_blocks[1].attn2.residual_connection = True
+
+
+@miss("pixart", left="transformer_blocks.1.attn2")
+def text_attention_with_a_normed_text(model):
+    model.transformer_blocks[1].attn2.norm_cross = nn.LayerNorm(48)
+
+
+@miss(*single, fused="transformer_blocks.1 transformer_blocks.1.attn1")
+def no_text_attention_in_a_block(model):
+    model.transformer_blocks[1].attn2 = None
+
+
+@miss("pixart", fused="transformer_blocks.1", alters=False)
+def a_frozen_table(model):
+    model.transformer_blocks[1].scale_shift_table.requires_grad_(False)
+
+
+@miss(*single, left="transformer_blocks.1")
+def block_with_positions_of_its_own(model):
+    from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+
+    model.transformer_blocks[1].pos_embed = SinusoidalPositionalEmbedding(48, max_seq_length=80)
+
+
+@miss("pixart", left="transformer_blocks.1", alters=False)
+def block_with_grounding(model):
+    model.transformer_blocks[1].fuser = nn.Identity()
+
+
+@miss("diffusers-latte", fused="temporal_transformer_blocks.1")
+def temporal_block_that_attends_to_text(model):
+    from diffusers.models.attention import BasicTransformerBlock
+
+    other = BasicTransformerBlock(
+        48,
+        3,
+        16,
+        cross_attention_dim=48,
+        norm_type="ada_norm_single",
+        activation_fn="gelu",
+        norm_elementwise_affine=True,
+    )
+    model.temporal_transformer_blocks[1] = other.to(F64)
+
+
+@miss("pixart", fused="transformer_blocks.0 transformer_blocks.1")
+def subclass_of_the_model(model):
+    super_forward = type(model).forward
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super_forward(self, 2 * hidden_states, *args, **kwargs)
+
+    becomes(model, forward)
+
+
+def test_they_are_many():
+    assert len(MISSES) >= 50
+    assert {BY_NAME[m.base].family for m in MISSES} >= {"dit", "latte", "diffusers_dit", "diffusers_pixart"}
+    assert sum(bool(m.left) for m in MISSES) >= 25
+
+
+@pytest.mark.parametrize("case", MISSES, ids=lambda m: m.name)
+def test_exact_or_left(case: NearMiss):
+    tiny = BY_NAME[case.base]
+    model = build(tiny, F64)
+    healthy = run(model, tiny)["output"]
+    case.make(model)
+    randomise(model).to(F64)
+    expected = run(model, tiny)
+    if case.alters:
+        assert not torch.allclose(expected["output"], healthy, rtol=1e-6), "it is no near-miss"
+    # Not a copy: a forward that was replaced on an instance is bound to the one that it was replaced on.
+    plan = opendit.explain(opendit.accelerate(model, {"kernels": "reference"}), file=io.StringIO())
+    changed, reasons = {edit.fqn for edit in plan.edits}, {kept.fqn: kept.why for kept in plan.kept}
+    assert not changed & set(case.left)
+    assert all(reasons.get(fqn) for fqn in case.left), reasons
+    assert set(case.fused) <= changed, reasons
+    error, name = worst(run(model, tiny), expected)
+    assert error <= 1e-10, name
+
+
+@pytest.mark.parametrize("name", ["dit: chunks swapped", "dit: attention with its heads cut otherwise"])
+def test_the_probe_is_what_keeps_them_right(name, monkeypatch):
+    """Without it these near-misses compute something else: they are as near as they are meant to be."""
+    monkeypatch.setattr(planner, "disagreement", lambda *args, **options: None)
+    case = next(m for m in MISSES if m.name == name)
+    tiny = BY_NAME[case.base]
+    model = build(tiny, F64)
+    case.make(model)
+    expected = run(model, tiny)
+    opendit.accelerate(model, {"kernels": "reference"})
+    assert worst(run(model, tiny), expected)[0] > 1e-3
