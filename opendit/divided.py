@@ -1,0 +1,111 @@
+"""A tensor divided among processes as flat ranges: gradients and optimizer states of engines that divide so.
+
+    whole tensor, n elements in row-major order     rank 0 │ rank 1 │ … │ rank r: [start, stop) │ …
+
+To torch it looks like the whole tensor (shape, dtype, device), so that it can be a parameter's `.grad`; it holds this
+process's elements. What is right range by range is done there (scaling, clamping, zeroing), a norm is one over all
+processes, and anything else is an error: `torch.nn.utils.clip_grad_norm_` does what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from opendit.pieces import Piece
+
+aten = torch.ops.aten
+
+# Element by element and in place: this process's elements are all it takes.
+_IN_PLACE = {
+    *(aten.mul_, aten.div_, aten.zero_, aten.clamp_, aten.clamp_min_, aten.clamp_max_, aten.nan_to_num_),
+    *(aten._foreach_mul_, aten._foreach_div_, aten._foreach_zero_, aten._foreach_clamp_min_, aten._foreach_clamp_max_),
+}
+
+
+class Divided(Tensor):
+    """This process's elements [start, start + len(values)) of a tensor of `shape`.
+
+    Args:
+        values: [k], sharing memory with whoever divided it.
+        start: where they begin in the whole tensor.
+        like: the whole tensor's shape and device.
+        group: the processes that it is divided among; None: all.
+    """
+
+    values: Tensor
+    start: int
+    group: Any
+
+    @staticmethod
+    def __new__(cls, values: Tensor, start: int, like: Tensor, group: Any = None) -> Divided:
+        whole: Divided = Tensor._make_wrapper_subclass(cls, like.shape, dtype=values.dtype, device=like.device)
+        whole.values, whole.start, whole.group = values.detach(), start, group
+        return whole
+
+    def __repr__(self, **_: Any) -> str:
+        stop = self.start + self.values.numel()
+        return f"Divided(shape={tuple(self.shape)}, [{self.start}:{stop}]={self.values})"
+
+    def piece(self) -> Piece:
+        """This process's piece; see `opendit.pieces`."""
+        return Piece(tuple(self.shape), self.start, self.start + self.values.numel(), self.values)
+
+    def to_local(self) -> Tensor:
+        """This process's elements [k], in the memory that they lie in."""
+        return self.values
+
+    def full_tensor(self) -> Tensor:
+        """The whole tensor, gathered; every process of the group makes this call."""
+        whole = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
+        whole[self.start : self.start + self.values.numel()] = self.values.to(self.device)
+        dist.all_reduce(whole, group=self.group)
+        return whole.view(self.shape)
+
+    def _norm(self, order: float, dtype: torch.dtype | None = None) -> Tensor:
+        """(Σ |x|^order)^(1/order) over all processes, in fp32 at least."""
+        dtype = dtype or torch.promote_types(self.dtype, torch.float32)
+        order = float(order)
+        if self.values.numel():
+            norm = torch.linalg.vector_norm(self.values, order, dtype=dtype).to(self.device)
+        else:
+            norm = torch.zeros((), dtype=dtype, device=self.device)
+        if math.isinf(order):
+            dist.all_reduce(norm, dist.ReduceOp.MAX, group=self.group)
+            return norm
+        norm = norm.pow_(order)
+        dist.all_reduce(norm, group=self.group)
+        return norm.pow_(1 / order)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet in _IN_PLACE:
+            func(*_locally(args), **_locally(kwargs))
+            return None if isinstance(args[0], (list, tuple)) else args[0]
+        if packet in (aten.detach, aten.alias) and isinstance(args[0], Divided):
+            return Divided(args[0].values, args[0].start, args[0], args[0].group)
+        if packet is aten.linalg_vector_norm and args[2:3] in ((), (None,)) and not any(args[3:4]):
+            order = args[1] if len(args) > 1 else 2
+            if order > 0:
+                return args[0]._norm(order, kwargs.get("dtype"))
+        raise TypeError(
+            f"grad: got {func} on a tensor that is divided over processes; allowed: norms of all of it "
+            "(torch.nn.utils.clip_grad_norm_), scaling and clamping in place, zero_. Use .to_local() for this "
+            "process's elements, .full_tensor() to gather it"
+        )
+
+
+def _locally(tree: Any) -> Any:
+    """`tree` with this process's elements for what is divided, and numbers on the device that those are on."""
+    devices: list[torch.device] = []
+    local = tree_map_only(Divided, lambda d: (devices.append(d.values.device), d.values)[1], tree)
+    if not devices:
+        return local
+    return tree_map_only(Tensor, lambda t: t.to(devices[0]) if t.dim() == 0 else t, local)
