@@ -35,17 +35,20 @@ class Divided(Tensor):
         values: [k], sharing memory with whoever divided it.
         start: where they begin in the whole tensor.
         like: the whole tensor's shape and device.
-        group: the processes that it is divided among; None: all.
+        family: those whose norms are asked for together, this one among them in the end; one all-reduce then serves
+            all. They are divided among all processes.
     """
 
     values: Tensor
     start: int
-    group: Any
+    family: list[Divided]
+    _norms: dict[tuple[float, torch.dtype], tuple[int, Tensor]]
 
     @staticmethod
-    def __new__(cls, values: Tensor, start: int, like: Tensor, group: Any = None) -> Divided:
+    def __new__(cls, values: Tensor, start: int, like: Tensor, family: list[Divided] | None = None) -> Divided:
         whole: Divided = Tensor._make_wrapper_subclass(cls, like.shape, dtype=values.dtype, device=like.device)
-        whole.values, whole.start, whole.group = values.detach(), start, group
+        whole.values, whole.start, whole._norms = values.detach(), start, {}
+        whole.family = family if family is not None else [whole]
         return whole
 
     def __repr__(self, **_: Any) -> str:
@@ -61,26 +64,23 @@ class Divided(Tensor):
         return self.values
 
     def full_tensor(self) -> Tensor:
-        """The whole tensor, gathered; every process of the group makes this call."""
+        """The whole tensor, gathered; every process makes this call."""
         whole = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
         whole[self.start : self.start + self.values.numel()] = self.values.to(self.device)
-        dist.all_reduce(whole, group=self.group)
+        dist.all_reduce(whole)
         return whole.view(self.shape)
 
     def _norm(self, order: float, dtype: torch.dtype | None = None) -> Tensor:
         """(Σ |x|^order)^(1/order) over all processes, in fp32 at least."""
         dtype = dtype or torch.promote_types(self.dtype, torch.float32)
-        order = float(order)
-        if self.values.numel():
-            norm = torch.linalg.vector_norm(self.values, order, dtype=dtype).to(self.device)
-        else:
-            norm = torch.zeros((), dtype=dtype, device=self.device)
-        if math.isinf(order):
-            dist.all_reduce(norm, dist.ReduceOp.MAX, group=self.group)
-            return norm
-        norm = norm.pow_(order)
-        dist.all_reduce(norm, group=self.group)
-        return norm.pow_(1 / order)
+        key = float(order), dtype
+        version, norm = self._norms.get(key, (-1, None))
+        if norm is None or version != self.values._version:
+            # Every process gets here for the same one, if it does the same things to its gradients.
+            for member, found in zip(self.family, _norms(self.family, *key), strict=True):
+                member._norms[key] = member.values._version, found
+            norm = self._norms[key][1]
+        return norm.to(self.device, copy=True)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,16 +90,33 @@ class Divided(Tensor):
             func(*_locally(args), **_locally(kwargs))
             return None if isinstance(args[0], (list, tuple)) else args[0]
         if packet in (aten.detach, aten.alias) and isinstance(args[0], Divided):
-            return Divided(args[0].values, args[0].start, args[0], args[0].group)
+            return Divided(args[0].values, args[0].start, args[0])
         if packet is aten.linalg_vector_norm and args[2:3] in ((), (None,)) and not any(args[3:4]):
             order = args[1] if len(args) > 1 else 2
             if order > 0:
                 return args[0]._norm(order, kwargs.get("dtype"))
+        if packet is aten._foreach_norm and all(isinstance(t, Divided) for t in args[0]):
+            order = args[1] if len(args) > 1 else 2
+            return [t._norm(order, kwargs.get("dtype")) for t in args[0]]
         raise TypeError(
             f"grad: got {func} on a tensor that is divided over processes; allowed: norms of all of it "
             "(torch.nn.utils.clip_grad_norm_), scaling and clamping in place, zero_. Use .to_local() for this "
             "process's elements, .full_tensor() to gather it"
         )
+
+
+def _norms(family: list[Divided], order: float, dtype: torch.dtype) -> list[Tensor]:
+    """Each one's norm over all processes; one collective."""
+    zero = torch.zeros((), dtype=dtype)
+    found = [torch.linalg.vector_norm(d.values, order, dtype=dtype) if d.values.numel() else zero for d in family]
+    norms = torch.stack([norm.to(family[0].device) for norm in found])
+    if math.isinf(order):
+        dist.all_reduce(norms, dist.ReduceOp.MAX)
+    else:
+        norms.pow_(order)
+        dist.all_reduce(norms)
+        norms.pow_(1 / order)
+    return list(norms.unbind())
 
 
 def _locally(tree: Any) -> Any:

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opendit import optim
 from opendit.config import OptimizerFactory
@@ -200,7 +201,12 @@ class DividedOptimizer(Optimizer):
     parameters, so learning rate schedules built on either work. `state` is by the model's parameters.
     """
 
-    def __init__(self, inner: Optimizer, gradients: _ZeroGradients):
+    @classmethod
+    def around(cls, inner: Optimizer, gradients: _ZeroGradients | _GeminiGradients) -> DividedOptimizer:
+        """Under the name of `inner`'s class, by which checkpoints know what kind of optimizer a state is for."""
+        return cast(DividedOptimizer, type(type(inner).__name__, (cls,), {"__module__": __name__})(inner, gradients))
+
+    def __init__(self, inner: Optimizer, gradients: _ZeroGradients | _GeminiGradients):
         self._divided = False
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": params}
@@ -283,6 +289,7 @@ class _ZeroGradients:
             self._show()
 
     def _show(self) -> None:
+        self._family: list[Divided] = []
         for group, p in self.params:
             p.grad = self._shown[p] = self._view(p, self._parts(group, p))
 
@@ -291,7 +298,8 @@ class _ZeroGradients:
             return None
         share, shown = self.shares[parameter], self._shown.get(parameter)
         if self.stage == 2:
-            return Divided(parts[0][: share.length], share.start, parameter)
+            self._family.append(Divided(parts[0][: share.length], share.start, parameter, self._family))
+            return self._family[-1]
         if shown is not None and shown.data_ptr() == parts[0].data_ptr():
             return shown  # ColossalAI added to it
         # Its parts lie in a bucket, those of one process together; side by side they are a gradient.
@@ -342,6 +350,104 @@ class _ZeroGradients:
         for _, p in self.params:
             if p.grad is not None:
                 p.grad.zero_()
+
+
+class _Outputs:
+    """What a model gave, with their gradients, in a loss's place: ColossalAI runs the model's part of the backward."""
+
+    def __init__(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]):
+        self.pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+
+    def backward(self, *args: object, **kwargs: object) -> None:
+        outputs, gradients = zip(*self.pairs, strict=True)
+        torch.autograd.backward(outputs, gradients)
+
+
+class _Apart(torch.autograd.Function):
+    """Cuts the graph at the model's outputs; `run(gradients)` is the backward of what is before the cut."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, run: Callable[[Sequence[Tensor | None]], None], *outputs: Tensor) -> Any:
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch.enable_grad():
+            ctx.run(gradients)
+        return (None, None, *(None for _ in gradients))
+
+
+class _GeminiGradients:
+    """Runs Gemini's backward inside the plain one, and shows what it left in its chunks as `.grad`.
+
+    A chunk is a flat range of several parameters, divided among processes; after a backward each holds its part of the
+    gradients, in bf16, until `step`.
+    """
+
+    def __init__(self, booster: Any, model: Any, boosted: Any, groups: list[list[nn.Parameter]]):
+        self.booster, self.boosted, self.groups = booster, boosted, groups
+        self.chunks = model.chunk_manager
+        self.shares: dict[nn.Parameter, Share] = {}
+        for number, parameter in boosted.id_to_real_params.items():
+            _, start, length = boosted.get_offsets(number)
+            owner = boosted.id_to_fake_params.get(number)
+            self.shares[parameter] = Share(owner, start, length) if owner is not None else Share(None, 0, 0)
+        self._shown: dict[nn.Parameter, Divided] = {}
+        model.register_forward_pre_hook(lambda *_: self._adopt())
+        model.register_forward_hook(self._cut)
+
+    def _cut(self, model: nn.Module, args: object, output: Any) -> Any:
+        leaves, tree = tree_flatten(output)
+        inside = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not inside:
+            return output
+        anchor = torch.zeros((), requires_grad=True)
+        run = functools.partial(self._backward, inside)
+        outside = iter(_Apart.apply(anchor, run, *(leaf.detach() for leaf in inside)))  # type: ignore[no-untyped-call]
+        mine = {id(leaf) for leaf in inside}
+        return tree_unflatten([next(outside) if id(leaf) in mine else leaf for leaf in leaves], tree)
+
+    def _backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        self.booster.backward(_Outputs(outputs, gradients), self.boosted)
+        family: list[Divided] = []
+        for p, share in self.shares.items():
+            family.append(Divided(self._chunk(p), share.start, p, family))
+            p.grad = self._shown[p] = family[-1]
+
+    def _chunk(self, parameter: nn.Parameter) -> Tensor:
+        """This process's part of the parameter's gradient, where `step` reads it."""
+        owner = self.shares[parameter].owner
+        if owner is None:
+            return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        begin, end = self.boosted.param_to_range[owner]
+        return cast(Tensor, self.boosted.param_to_chunk16[owner].grad_chunk.payload[begin:end])
+
+    def _adopt(self) -> None:
+        """What was put into `.grad`, or taken away, since it was shown."""
+        for p, shown in self._shown.items():
+            if p.grad is shown:
+                continue
+            if p.grad is None:
+                shown.values.zero_()
+            else:
+                shown.values.copy_(p.grad.to_local() if isinstance(p.grad, Divided) else _range(p.grad, self.shares[p]))
+        self._shown.clear()
+
+    def step(self) -> None:
+        if not self.chunks.accumulating_grads:
+            raise RuntimeError("optimizer: step was called before a backward; Gemini has no gradients then")
+        self._adopt()
+        self.boosted.step()
+
+    def zero(self, set_to_none: bool) -> None:
+        if self.chunks.accumulating_grads:  # of no step yet
+            for p in self._shown:
+                self._chunk(p).zero_()
+        for p in self.shares:
+            p.grad = None
+        self._shown.clear()
 
 
 class _Plugin:
@@ -407,13 +513,13 @@ class ZeRO(_Plugin):
     def check(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> None:
         super().check(model, optimizer, setup)
         _check_optimizer(self.plugin, model, optimizer)
-        _check_parameters(self.plugin, model, (torch.float32, torch.float64, torch.bfloat16))
+        _check_parameters(self.plugin, model, (torch.float32, torch.float64))
 
     def promises(self, setup: Setup) -> list[str]:
         gradient = "n (gradient)" if self.stage == 1 else "n/N (gradient)"
         return [
             f"ColossalAI's LowLevelZeroPlugin, stage {self.stage}: every process steps 1/N of each parameter",
-            f"gradients: averaged over the world in {_in_words(setup)}, "
+            f"gradients: averaged over the world in {'bf16' if setup.reduction == 'bf16' else 'their own dtype'}, "
             + ("whole on every process" if self.stage == 1 else "each process keeps its part (opendit.divided)"),
             f"bytes per parameter of n bytes with AdamW over N processes: n (parameter) + {gradient} + 2n/N (moments)",
             "the optimizer is a wrapper around yours, which it has as .inner; schedules may be built on either",
@@ -425,20 +531,19 @@ class ZeRO(_Plugin):
         assert inner is not None
         _check_kind(self.plugin, inner)
         groups = [[p for p in group["params"] if p.requires_grad] for group in inner.param_groups]
-        low = any(p.dtype == torch.bfloat16 for group in groups for p in group)
         plugin = colossalai().booster.plugin.LowLevelZeroPlugin(
             stage=self.stage,
             precision="fp32",  # converts nothing: its optimizer goes by the parameters' dtype
             cast_inputs=False,
-            master_weights=low,  # else its fp32 copy would be one of fp32 parameters
+            master_weights=False,  # it would copy what is fp32 already
             overlap_communication=setup.device.type == "cuda",
-            communication_dtype=_wire(low, setup),
+            communication_dtype=torch.bfloat16 if setup.reduction == "bf16" else None,
         )
         booster = colossalai().booster.Booster(plugin=plugin)
         _alike(model)
         _, boosted, *_ = booster.boost(model, inner)
         _gradients[model] = gradients = _ZeroGradients(booster, boosted, groups, self.stage)
-        wrapper = DividedOptimizer(inner, gradients)
+        wrapper = DividedOptimizer.around(inner, gradients)
         # The model itself: ColossalAI's wrapper around it casts inputs, which nobody asked for, and nothing else.
         return Placed(model, wrapper, _lines(self.promises(setup)))
 
@@ -449,6 +554,84 @@ class ZeRO(_Plugin):
 
     def undo(self, placed: nn.Module) -> nn.Module:
         raise _stays(self.plugin)
+
+
+class Gemini(_Plugin):
+    plugin = "gemini"
+    moves_parameters = "Gemini gathers parameters into chunks that it frees"
+
+    def check(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> None:
+        super().check(model, optimizer, setup)
+        _check_optimizer(self.plugin, model, optimizer)
+        _check_parameters(self.plugin, model, (torch.float32, torch.bfloat16))
+        if setup.precision != "bf16" and any(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad):
+            raise ValueError(
+                f"precision: got {setup.precision!r} with ColossalAI's 'gemini', which computes with bf16 parameters (fp32 "
+                "masters are its optimizer's); allowed: 'bf16', or a model in bf16. Ask for it, or choose engine='torch'"
+            )
+        if setup.reduction != "bf16":
+            raise ValueError(
+                f"reduction: got {setup.reduction!r} with ColossalAI's 'gemini', which averages gradients in bf16; "
+                "allowed: 'bf16'. Ask for it, or choose engine='torch'"
+            )
+
+    def promises(self, setup: Setup) -> list[str]:
+        where = "on the host" if setup.device.type == "cuda" else "where the model is: there is no GPU to page from"
+        return [
+            "ColossalAI's GeminiPlugin, static placement: chunks of parameters, each process holds 1/N of each chunk",
+            f"parameters, gradients and optimizer states are {where}; chunks are gathered where they are used",
+            "all parameters, inputs and buffers are rounded to bf16, frozen ones too; fp32 masters; gradients in bf16",
+            "bytes per parameter with HybridAdam over N processes: 16/N, and a few gathered chunks at a time",
+            "the optimizer is a wrapper around yours, which it has as .inner; schedules may be built on either",
+        ]
+
+    def place(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> Placed:
+        _use(setup.device)
+        _check_modules(model)
+        inner = optim.build(optimizer, model) if callable(optimizer) else optimizer
+        assert inner is not None
+        allowed = importlib.import_module("colossalai.zero.gemini.gemini_optimizer")._AVAIL_OPTIM_LIST
+        if type(inner) not in allowed:
+            raise ValueError(
+                f"optimizer: got {type(inner).__name__} with ColossalAI's 'gemini'; allowed: "
+                f"{', '.join(sorted(cls.__name__ for cls in allowed))} of colossalai.nn.optimizer. Build one of them, "
+                "HybridAdam for AdamW, or choose engine='torch'"
+            )
+        for group in inner.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        groups = [list(group["params"]) for group in inner.param_groups]
+        _alike(model)
+        on_gpu = setup.device.type == "cuda"
+        plugin = colossalai().booster.plugin.GeminiPlugin(
+            precision="bf16",
+            enable_gradient_accumulation=True,
+            offload_optim_frac=float(on_gpu),
+            offload_param_frac=float(on_gpu),
+            pin_memory=on_gpu,
+            enable_async_reduce=on_gpu,
+        )
+        booster = colossalai().booster.Booster(plugin=plugin)
+        placed, boosted, *_ = booster.boost(model, inner)
+        wrapper = DividedOptimizer.around(inner, _GeminiGradients(booster, placed, boosted, groups))
+        return Placed(placed, wrapper, _lines(self.promises(setup)))
+
+    def undo(self, placed: nn.Module) -> nn.Module:
+        raise _stays(self.plugin)
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Gemini gathers a parameter when a torch function is called with it."""
+    for name, module in model.named_modules():
+        if getattr(type(module), "_opendit_fusion", "adaln") == "block":
+            raise ValueError(
+                f"fusion: {name} is one function with ColossalAI's 'gemini', which gathers parameters for torch's own "
+                "functions only; allowed: fusion='adaln'. Ask for it, or choose engine='torch'"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"compile: {name} is compiled with ColossalAI's 'gemini', which gathers parameters as torch's functions "
+                "are called; allowed: compile=False. Leave it out, or choose engine='torch'"
+            )
 
 
 _gradients: WeakKeyDictionary[nn.Module, _ZeroGradients] = WeakKeyDictionary()
@@ -463,17 +646,6 @@ def _stays(plugin: str) -> ValueError:
 
 def _lines(promises: list[str]) -> tuple[str, ...]:
     return (f"over {dist.get_world_size()} processes, {dist.get_backend()}", *promises)
-
-
-def _wire(low: bool, setup: Setup) -> torch.dtype | None:
-    """What gradients travel in; None: their own dtype."""
-    if setup.reduction == "bf16":
-        return torch.bfloat16
-    return torch.float32 if low else None
-
-
-def _in_words(setup: Setup) -> str:
-    return "bf16" if setup.reduction == "bf16" else "fp32 or more"
 
 
 def _alike(model: nn.Module) -> None:
@@ -521,7 +693,8 @@ def _check_parameters(plugin: str, model: nn.Module, dtypes: tuple[torch.dtype, 
     if len(found) > 1 or not found <= set(dtypes):
         raise ValueError(
             f"model: got trainable parameters in {_names(found)} with plugin={plugin!r}; allowed: all in one of "
-            f"{_names(dtypes)}. Convert them with model.to(dtype), or choose plugin='ddp'"
+            f"{_names(dtypes)}. Convert them with model.to(dtype) and give a lower precision as precision=..., or choose "
+            "plugin='ddp'"
         )
     for name, p in trained.items():
         if not p.is_contiguous():
@@ -535,4 +708,4 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-ENGINES = (DDP(), ZeRO(1), ZeRO(2))
+ENGINES = (DDP(), ZeRO(1), ZeRO(2), Gemini())

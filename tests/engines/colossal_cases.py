@@ -87,7 +87,7 @@ def train(plugin: str | None, sp_size: int = 1, *, clip: float | None = 0.05, mi
         "losses": losses,
         "norms": norms,
         "grads": grads,
-        "parameters": {name: p.detach().clone() for name, p in names.items()},
+        "parameters": {} if plugin == "gemini" else {name: p.detach().clone() for name, p in names.items()},
         "lrs": [group["lr"] for group in given.param_groups],
         "same_optimizer": given is optimizer,
     }
