@@ -114,11 +114,15 @@ class _Nothing:
 
 @dataclass(frozen=True)
 class Share:
-    """What this process steps of one parameter: elements [start, start + length), first in `owner`, then padding."""
+    """What this process steps of one parameter: elements [start, start + length), first in `owner`, then padding.
+
+    `whole`: every process steps all of it.
+    """
 
     owner: Tensor | None
     start: int
     length: int
+    whole: bool = False
 
 
 class _Group(MutableMapping[str, Any]):
@@ -162,6 +166,8 @@ class _State(MutableMapping[nn.Parameter, "dict[str, Any]"]):
     def _outward(self, value: Any, parameter: nn.Parameter, share: Share) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
+        if share.whole:
+            return value.view(parameter.shape)
         return Divided(value.view(-1)[: share.length], share.start, parameter)
 
     def __setitem__(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
@@ -382,8 +388,8 @@ class _Apart(torch.autograd.Function):
 class _GeminiGradients:
     """Runs Gemini's backward inside the plain one, and shows what it left in its chunks as `.grad`.
 
-    A chunk is a flat range of several parameters, divided among processes; after a backward each holds its part of the
-    gradients, in bf16, until `step`.
+    A chunk is a flat range of several parameters, divided among processes, or whole on each where the model is small;
+    after a backward it has the gradients, in bf16, until `step`.
     """
 
     def __init__(self, booster: Any, model: Any, boosted: Any, groups: list[list[nn.Parameter]]):
@@ -393,8 +399,10 @@ class _GeminiGradients:
         for number, parameter in boosted.id_to_real_params.items():
             _, start, length = boosted.get_offsets(number)
             owner = boosted.id_to_fake_params.get(number)
-            self.shares[parameter] = Share(owner, start, length) if owner is not None else Share(None, 0, 0)
-        self._shown: dict[nn.Parameter, Divided] = {}
+            whole = bool(self.chunks.get_chunk(parameter).keep_gathered)  # of models below 32 Mi parameters
+            share = Share(owner, start, length, whole) if owner is not None else Share(None, 0, 0)
+            self.shares[parameter] = share
+        self._shown: dict[nn.Parameter, Tensor] = {}
         model.register_forward_pre_hook(lambda *_: self._adopt())
         model.register_forward_hook(self._cut)
 
@@ -410,14 +418,25 @@ class _GeminiGradients:
         return tree_unflatten([next(outside) if id(leaf) in mine else leaf for leaf in leaves], tree)
 
     def _backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        if self.chunks.accumulating_grads:
+            # ColossalAI multiplies what is there by the processes and divides it again after its reduction, which is
+            # right where each adds its part to a reduce-scatter; whole ones are added by every process.
+            for chunk in self.boosted.chunk16_set:
+                if chunk.keep_gathered:
+                    chunk.grad_chunk.payload.div_(chunk.pg_size)
         self.booster.backward(_Outputs(outputs, gradients), self.boosted)
         family: list[Divided] = []
         for p, share in self.shares.items():
-            family.append(Divided(self._chunk(p), share.start, p, family))
-            p.grad = self._shown[p] = family[-1]
+            mine = self._chunk(p)
+            if share.whole:
+                p.grad = mine.view(p.shape)
+            else:
+                family.append(Divided(mine, share.start, p, family))
+                p.grad = family[-1]
+            self._shown[p] = p.grad
 
     def _chunk(self, parameter: nn.Parameter) -> Tensor:
-        """This process's part of the parameter's gradient, where `step` reads it."""
+        """What this process has of the parameter's gradient, flat, where `step` reads it."""
         owner = self.shares[parameter].owner
         if owner is None:
             return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -427,12 +446,10 @@ class _GeminiGradients:
     def _adopt(self) -> None:
         """What was put into `.grad`, or taken away, since it was shown."""
         for p, shown in self._shown.items():
-            if p.grad is shown:
-                continue
             if p.grad is None:
-                shown.values.zero_()
-            else:
-                shown.values.copy_(p.grad.to_local() if isinstance(p.grad, Divided) else _range(p.grad, self.shares[p]))
+                self._chunk(p).zero_()
+            elif p.grad is not shown:
+                self._chunk(p).copy_(p.grad.to_local() if isinstance(p.grad, Divided) else _range(p.grad, self.shares[p]))
         self._shown.clear()
 
     def step(self) -> None:
@@ -578,7 +595,8 @@ class Gemini(_Plugin):
     def promises(self, setup: Setup) -> list[str]:
         where = "on the host" if setup.device.type == "cuda" else "where the model is: there is no GPU to page from"
         return [
-            "ColossalAI's GeminiPlugin, static placement: chunks of parameters, each process holds 1/N of each chunk",
+            "ColossalAI's GeminiPlugin, static placement: chunks of parameters, each process holds 1/N of each chunk "
+            "(below 32 Mi parameters: all of it)",
             f"parameters, gradients and optimizer states are {where}; chunks are gathered where they are used",
             "all parameters, inputs and buffers are rounded to bf16, frozen ones too; fp32 masters; gradients in bf16",
             "bytes per parameter with HybridAdam over N processes: 16/N, and a few gathered chunks at a time",
