@@ -7,13 +7,14 @@ Units are the blocks; what is outside them is one more. They are divided over al
 share of every gradient; over several nodes, within a node, and averaged between nodes (HSDP: replicas of a division).
 
 Bytes per parameter of n bytes, with AdamW, N processes that divide: n/N parameter + n/N gradient + 2n/N moments; from
-forward to backward g more, g the bytes of a gathered parameter, of all units (zero1, zero2) or of two or three at a time.
+forward to backward g more, the bytes of a gathered parameter: of all units (zero1, zero2), or of two or three.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -52,9 +53,9 @@ class FSDP:
             optim.check_divisible(optimizer, model)
         if self.kind == "gemini" and device_type() == "cuda" and "gloo" not in str(dist.get_backend_config()):
             raise ValueError(
-                f"plugin: got 'gemini' with a process group of {dist.get_backend()} alone; allowed: one that also works "
-                'on the CPU, where its gradients are. Call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), '
-                "or leave that to accelerate"
+                f"plugin: got 'gemini' with a process group of {dist.get_backend()} alone; allowed: one that works on "
+                'the CPU too, where its gradients are. Call torch.distributed.init_process_group("cpu:gloo,cuda:nccl") '
+                "first, or leave that to accelerate"
             )
 
     def promises(self, setup: Setup) -> list[str]:
@@ -66,8 +67,8 @@ class FSDP:
             f"torch's FSDP2 ({self.kind}); parameters are divided, {_WHAT[self.kind]}",
             f"parameters are gathered in {gathered}; gradients are averaged over the world in {reduced}",
             "frozen parameters outside blocks stay whole and as they are",
-            f"bytes per parameter of n bytes with AdamW, N processes that divide: {held}n/N (parameter) + n/N (gradient) "
-            f"+ 2n/N (moments), {more}, g the bytes of a gathered one",
+            f"bytes per parameter of n bytes with AdamW, N processes that divide: {held}n/N (parameter) + n/N "
+            f"(gradient) + 2n/N (moments), {more}, g the bytes of a gathered one",
         ]
 
     def place(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> Placed:
@@ -89,7 +90,8 @@ class FSDP:
         for unit in units:
             fully_shard(unit, reshard_after_forward=self.frees, mp_policy=_policy(unit, setup), **options)
         fully_shard(model, reshard_after_forward=False, mp_policy=_policy(None, setup), **options)
-        for unit, following in zip(units, units[1:], strict=False):
+        in_turn = [model.get_submodule(u) for u in setup.units if not any(u.startswith(v + ".") for v in setup.units)]
+        for unit, following in itertools.pairwise(in_turn):
             # Backward prefetches the unit before by itself; in the forward the host must be told what comes next.
             _fsdp(unit).set_modules_to_forward_prefetch([following])
         model.register_forward_hook(_free_after_inference)
@@ -149,7 +151,7 @@ def _check_parameters(model: nn.Module, setup: Setup) -> None:
         known = owners.setdefault(id(parameter), (unit, name))
         if known[0] != unit:
             raise ValueError(
-                f"plugin: got {setup.plugin!r}, but {name!r} and {known[1]!r} are one parameter, in two units of FSDP2; "
+                f"plugin: got {setup.plugin!r}, but {name!r} and {known[1]!r} are one parameter in two units of FSDP2; "
                 "allowed: parameters that are shared within a block only. Take plugin='ddp'"
             )
         if parameter.is_meta:
