@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opendit.pieces import Piece
 
@@ -39,7 +39,7 @@ class Divided(Tensor):
             all. They are divided among all processes.
     """
 
-    values: Tensor
+    local: Tensor
     start: int
     family: list[Divided]
     _norms: dict[tuple[float, torch.dtype], tuple[int, Tensor]]
@@ -47,26 +47,26 @@ class Divided(Tensor):
     @staticmethod
     def __new__(cls, values: Tensor, start: int, like: Tensor, family: list[Divided] | None = None) -> Divided:
         whole: Divided = Tensor._make_wrapper_subclass(cls, like.shape, dtype=values.dtype, device=like.device)
-        whole.values, whole.start, whole._norms = values.detach(), start, {}
+        whole.local, whole.start, whole._norms = values.detach(), start, {}
         whole.family = family if family is not None else [whole]
         return whole
 
-    def __repr__(self, **_: Any) -> str:
-        stop = self.start + self.values.numel()
-        return f"Divided(shape={tuple(self.shape)}, [{self.start}:{stop}]={self.values})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        stop = self.start + self.local.numel()
+        return f"Divided(shape={tuple(self.shape)}, [{self.start}:{stop}]={self.local})"
 
     def piece(self) -> Piece:
         """This process's piece; see `opendit.pieces`."""
-        return Piece(tuple(self.shape), self.start, self.start + self.values.numel(), self.values)
+        return Piece(tuple(self.shape), self.start, self.start + self.local.numel(), self.local)
 
     def to_local(self) -> Tensor:
         """This process's elements [k], in the memory that they lie in."""
-        return self.values
+        return self.local
 
     def full_tensor(self) -> Tensor:
         """The whole tensor, gathered; every process makes this call."""
         whole = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
-        whole[self.start : self.start + self.values.numel()] = self.values.to(self.device)
+        whole[self.start : self.start + self.local.numel()] = self.local.to(self.device)
         dist.all_reduce(whole)
         return whole.view(self.shape)
 
@@ -75,22 +75,22 @@ class Divided(Tensor):
         dtype = dtype or torch.promote_types(self.dtype, torch.float32)
         key = float(order), dtype
         version, norm = self._norms.get(key, (-1, None))
-        if norm is None or version != self.values._version:
+        if norm is None or version != self.local._version:
             # Every process gets here for the same one, if it does the same things to its gradients.
             for member, found in zip(self.family, _norms(self.family, *key), strict=True):
-                member._norms[key] = member.values._version, found
+                member._norms[key] = member.local._version, found
             norm = self._norms[key][1]
         return norm.to(self.device, copy=True)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         packet = func.overloadpacket
         if packet in _IN_PLACE:
             func(*_locally(args), **_locally(kwargs))
             return None if isinstance(args[0], (list, tuple)) else args[0]
         if packet in (aten.detach, aten.alias) and isinstance(args[0], Divided):
-            return Divided(args[0].values, args[0].start, args[0])
+            return Divided(args[0].local, args[0].start, args[0])
         if packet is aten.linalg_vector_norm and args[2:3] in ((), (None,)) and not any(args[3:4]):
             order = args[1] if len(args) > 1 else 2
             if order > 0:
@@ -108,7 +108,7 @@ class Divided(Tensor):
 def _norms(family: list[Divided], order: float, dtype: torch.dtype) -> list[Tensor]:
     """Each one's norm over all processes; one collective."""
     zero = torch.zeros((), dtype=dtype)
-    found = [torch.linalg.vector_norm(d.values, order, dtype=dtype) if d.values.numel() else zero for d in family]
+    found = [torch.linalg.vector_norm(d.local, order, dtype=dtype) if d.local.numel() else zero for d in family]
     norms = torch.stack([norm.to(family[0].device) for norm in found])
     if math.isinf(order):
         dist.all_reduce(norms, dist.ReduceOp.MAX)
@@ -121,8 +121,11 @@ def _norms(family: list[Divided], order: float, dtype: torch.dtype) -> list[Tens
 
 def _locally(tree: Any) -> Any:
     """`tree` with this process's elements for what is divided, and numbers on the device that those are on."""
-    devices: list[torch.device] = []
-    local = tree_map_only(Divided, lambda d: (devices.append(d.values.device), d.values)[1], tree)
-    if not devices:
-        return local
-    return tree_map_only(Tensor, lambda t: t.to(devices[0]) if t.dim() == 0 else t, local)
+    devices = {leaf.local.device for leaf in tree_leaves(tree) if isinstance(leaf, Divided)}
+
+    def local(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, Divided):
+            return tensor.local
+        return tensor.to(next(iter(devices))) if tensor.dim() == 0 and len(devices) == 1 else tensor
+
+    return tree_map_only(Tensor, local, tree)

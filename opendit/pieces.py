@@ -35,7 +35,7 @@ def piece_of(tensor: Tensor) -> Piece:
     the memory is laid out in another order.
     """
     if callable(ready := getattr(tensor, "piece", None)):
-        return ready()  # type: ignore[no-any-return]
+        return ready()
     shape = tuple(tensor.shape)
     placements = getattr(tensor, "placements", None)
     if placements is None:
