@@ -116,6 +116,8 @@ def accelerate(
         core.unapply(target)
         raise
     training.remember(target, cfg, sp_size, engine, placed)
+    if engine is not None:
+        _watch(cfg, placed)
     return placed.model if placed.optimizer is None else Boosted(placed.model, placed.optimizer)
 
 
@@ -210,6 +212,17 @@ def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | 
         else:
             mesh.ensure_world(device, timeout=cfg.timeout if cfg is not None else None)
         mesh.check_size(sp_size)
+
+
+def _watch(cfg: BoosterConfig[Any], placed: Placed) -> None:
+    """From now on a process that is gone ends the others; steps are the optimizer's, or else training forwards."""
+    from opendit.watch import watch
+
+    watching = watch(cfg.timeout or DEFAULT_TIMEOUT)
+    if watching is not None and placed.optimizer is not None:
+        placed.optimizer.register_step_post_hook(watching.step_done)
+    elif watching is not None:
+        placed.model.register_forward_hook(lambda m, *_: watching.step_done() if m.training else None)
 
 
 def _engine(cfg: BoosterConfig[Any], model: nn.Module, target: nn.Module) -> Engine | None:
