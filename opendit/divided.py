@@ -88,6 +88,8 @@ class Divided(Tensor):
         packet = func.overloadpacket
         if packet in _IN_PLACE:
             func(*_locally(args), **_locally(kwargs))
+            for changed in tree_leaves(args[0]):
+                changed._norms.clear()  # torch counts no versions here
             return None if isinstance(args[0], (list, tuple)) else args[0]
         if packet in (aten.detach, aten.alias) and isinstance(args[0], Divided):
             return Divided(args[0].local, args[0].start, args[0])
