@@ -100,7 +100,8 @@ class Divided(Tensor):
         if packet is aten._foreach_norm and all(isinstance(t, Divided) for t in args[0]):
             order = args[1] if len(args) > 1 else 2
             return [t._norm(order, kwargs.get("dtype")) for t in args[0]]
-        raise TypeError(
+        # Not a TypeError, which torch's operators turn into "unsupported operand".
+        raise ValueError(
             f"grad: got {func} on a tensor that is divided over processes; allowed: norms of all of it "
             "(torch.nn.utils.clip_grad_norm_), scaling and clamping in place, zero_. Use .to_local() for this "
             "process's elements, .full_tensor() to gather it"

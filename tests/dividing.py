@@ -91,7 +91,7 @@ def refused() -> list[str]:
 def _message(call: Callable[[Any], Any], gradient: Any) -> str:
     try:
         call(gradient)
-    except TypeError as error:
+    except ValueError as error:
         return str(error)
     return "nothing was raised"
 

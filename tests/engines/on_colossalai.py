@@ -441,7 +441,7 @@ def gemini(sp: int = 1) -> dict[str, Any]:
             for p, q in zip(model.parameters(), alone.parameters(), strict=True)
             if q.grad is not None
         ]
-        found["gradients"].append(_apart(pairs))
+        found["gradients"].append(apart(pairs))
         for group in reference.param_groups:
             group["lr"] = 1e-3 / (1 + len(found["norms"]) - 1)
         optimizer.step()
@@ -451,8 +451,8 @@ def gemini(sp: int = 1) -> dict[str, Any]:
         optimizer.zero_grad() if step else placed.zero_grad()
         reference.zero_grad()
     weights = placed.state_dict(only_rank_0=False)
-    found["parameters"] = _apart([(weights[name].float(), q.detach()) for name, q in alone.named_parameters()])
-    found["moments"] = _apart(
+    found["parameters"] = apart([(weights[name].float(), q.detach()) for name, q in alone.named_parameters()])
+    found["moments"] = apart(
         [
             (optimizer.state[p]["exp_avg"], reference.state[q]["exp_avg"])
             for p, q in zip(model.parameters(), alone.parameters(), strict=True)
@@ -464,7 +464,7 @@ def gemini(sp: int = 1) -> dict[str, Any]:
     return found
 
 
-def _apart(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def apart(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Of all tensors together: those whose gradient is rounding alone are far apart by themselves."""
     return float(sum((a - b).square().sum() for a, b in pairs) ** 0.5 / sum(b.square().sum() for _, b in pairs) ** 0.5)
 

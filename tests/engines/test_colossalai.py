@@ -30,7 +30,7 @@ PLUGINS = ("ddp", "zero1", "zero2")
 
 
 def outcome(case: str, world: int = 2) -> list:
-    return of_every_rank("tests.engines.on_colossalai", world, case)
+    return of_every_rank("tests.engines.on_colossalai", world, case, limit=600)
 
 
 @installed
@@ -187,7 +187,7 @@ def test_where_it_is_missing_the_error_has_the_line_that_installs_it(plugin: str
 def test_a_missing_package_that_it_needs_is_named(not_imported):
     not_imported.setitem(sys.modules, "colossalai", _package("0.5.0"))
     not_imported.setitem(sys.modules, "colossalai.accelerator", None)
-    with pytest.raises(ImportError, match=r"colossalai\.accelerator is missing") as raised:
+    with pytest.raises(ImportError, match=r"colossalai\.accelerator\S* is missing") as raised:
         adapter.colossalai()
     assert adapter.INSTALL in str(raised.value)
 
