@@ -4,6 +4,7 @@ A piece is the range [start, stop) of a tensor's elements in row-major order:
 
     a plain tensor, or one held whole by every process     [0, n)
     a DTensor divided along its first dimension            this process's rows, times the elements of a row
+    a `opendit.divided.Divided`                            the range that it says
 
 so that a state can be written by one division and read by another, with the numbers alone.
 """
@@ -28,11 +29,13 @@ class Piece:
 
 
 def piece_of(tensor: Tensor) -> Piece:
-    """This process's piece of `tensor`, plain or a DTensor; writing to `values` writes to the tensor.
+    """This process's piece of `tensor`: plain, `Divided`, or a DTensor; writing to `values` writes to the tensor.
 
     Raises `ValueError` where the local part is no contiguous range: a dimension other than the first was divided, or
     the memory is laid out in another order.
     """
+    if callable(ready := getattr(tensor, "piece", None)):
+        return ready()
     shape = tuple(tensor.shape)
     placements = getattr(tensor, "placements", None)
     if placements is None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and torch.compile."""
+    """The model inside DDP, DataParallel, torch.compile and ColossalAI's Gemini."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
-        if isinstance(model, wrappers):
-            model = model.module
+        if isinstance(model, wrappers) or type(model).__name__ == "GeminiDDP":  # ColossalAI may not be there
+            model = cast(nn.Module, model.module)
         elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
             model = inner  # torch.compile's wrapper
         else:

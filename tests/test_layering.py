@@ -74,7 +74,15 @@ MAY_IMPORT = {
     "opendit.watch": set(),
     "opendit.training": {"opendit.config", "opendit.engines", "opendit.wrapping"},
     "opendit.wrapping": set(),
-    "opendit.engines": {"opendit.config", "opendit.fastseq.mesh", "opendit.optim"},
+    "opendit.divided": {"opendit.pieces"},
+    "opendit.divided_optimizer": {"opendit.divided"},
+    "opendit.engines": {
+        "opendit.config",
+        "opendit.divided",
+        "opendit.divided_optimizer",
+        "opendit.fastseq.mesh",
+        "opendit.optim",
+    },
     "opendit.plan": {
         "opendit.attention",
         "opendit.config",

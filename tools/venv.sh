@@ -3,7 +3,7 @@
 # Without an NVIDIA GPU torch 2.13.0 comes first, so that no CUDA packages are pulled in where its CPU build is at hand.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-stamp="$root/.venv/.installed-$1-$(cksum <"$root/pyproject.toml" | tr ' ' '-')"
+stamp="$root/.venv/.installed-$1-$(cat "$root/pyproject.toml" "$root/requirements-colossalai.txt" | cksum | tr ' ' '-')"
 
 if [ ! -e "$stamp" ]; then
     echo "Setting up $root/.venv ($1) ..." >&2
@@ -17,6 +17,10 @@ if [ ! -e "$stamp" ]; then
         "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0
     fi
     "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root[$1]"
+    if [ "$1" = dev ]; then
+        # Apart, for its metadata asks for an old torch.
+        "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r "$root/requirements-colossalai.txt"
+    fi
     touch "$stamp"
 fi
 export PATH="$root/.venv/bin:$PATH"
