@@ -33,7 +33,7 @@ def open_data(
     seed: int = 0,
     decoder: str = "pyav",
 ) -> Samples | Latents:
-    """Images (num_frames 1), clips (above), or latents that preprocess.py made of either. See listing.py for formats."""
+    """Images (num_frames 1), clips (above), or latents that preprocess.py made of either; formats: listing.py."""
     for name, value in (("image_size", image_size), ("num_frames", num_frames), ("frame_interval", frame_interval)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; allowed: whole numbers from 1 on")

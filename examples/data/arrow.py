@@ -1,8 +1,8 @@
-"""Hugging Face data sets on disk: `.parquet` files as the hub serves them, `.arrow` files as `save_to_disk` writes them.
+"""Hugging Face data sets on disk: `.parquet` files as the hub has them, `.arrow` files as `save_to_disk` writes them.
 
 Columns: `image` or `video` (bytes, or {bytes, path}), `label` or `class` (numbers, whose names the schema knows, or
-names), `text`, `caption` or `prompt`. Parquet is read a row group at a time and the last few groups are kept: reading in
-order is fast, and shuffled reading wants groups of a few hundred rows or less (the hub's are 100 for images).
+names), `text`, `caption` or `prompt`. Parquet is read a row group at a time and the last few groups are kept: reading
+in order is fast, and shuffled reading wants groups of a few hundred rows or less (the hub's are 100 for images).
 """
 
 from __future__ import annotations

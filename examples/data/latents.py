@@ -42,7 +42,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 class Latents(Dataset):
-    """`data[i]` and `data[epoch, i]` as of `Samples`, with "mean" and "std" in place of "pixels", and the text encoded."""
+    """`data[i]` and `data[epoch, i]` as of `Samples`, with "mean" and "std" for "pixels", and the text encoded."""
 
     def __init__(self, folder: Path, *, image_size: int, num_frames: int, frame_interval: int, flip: bool, seed: int):
         index = read_index(folder)
@@ -63,6 +63,8 @@ class Latents(Dataset):
         self.folder, self.classes, self.samples = folder, index["classes"], index["samples"]
         self.shard_size, self.text_shard_size = index["shard_size"], index["text_shard_size"]
         self.holes = {hole["id"] for hole in index["holes"]}
+        if len(self.holes) == self.samples:
+            raise ValueError(f"data_path: none of the samples that {folder} was made from could be read")
         self.skipped = [hole["why"] for hole in index["holes"]] + index["skipped"]
         for name, size in index["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:

@@ -2,7 +2,7 @@
 
 | at the path | read as |
 |---|---|
-| folder with `captions.jsonl`, `metadata.jsonl`, `metadata.csv` or `captions.csv`; or a `.csv`, `.jsonl` | rows: file, text, class |
+| a `.csv` or `.jsonl`, or a folder with `captions` or `metadata` of that kind | rows: file, text, class |
 | folder with `.tar` files, or one `.tar` | WebDataset shards: `key.jpg`, `key.cls`, `key.txt`, `key.json` |
 | folder with `.parquet` or `.arrow` files, or one of them | Hugging Face data sets (`examples/data/arrow.py`) |
 | `folder/train-*.parquet`, `folder/*.tar`: a pattern as the last part | those of the shards |
@@ -114,7 +114,7 @@ def list_folder(root: Path, extensions: set[str]) -> Listing:
     if folders and loose:
         raise ValueError(
             f"data_path: {root} has files both beside and in sub-folders, such as {loose[0].name} and "
-            f"{folders[0][1][0].relative_to(root)}; allowed: sub-folders (classes) or files. Move the ones or the others"
+            f"{folders[0][1][0].relative_to(root)}; allowed: sub-folders (classes) or files, not both"
         )
     paths = loose or [path for _, paths in folders for path in paths]
     names = [str(path.relative_to(root)) for path in paths]
@@ -218,8 +218,12 @@ def list_tars(paths: list[Path], extensions: set[str]) -> Listing:
                         sample["media"] = (member.name, (path, member.offset_data, member.size))
                     elif suffix in (".cls", ".txt", ".json") and (file := tar.extractfile(member)):
                         sample[suffix] = file.read().decode("utf-8", "replace").strip()
+                with path.open("rb") as raw:  # at a broken header tarfile just stops; whole files end in zeros
+                    raw.seek(tar.offset)
+                    if any(raw.read(512)):
+                        raise tarfile.ReadError("a broken header")
         except (tarfile.TarError, EOFError, OSError) as error:  # what was read before it is kept
-            skipped.append(f"{path.name} from its {len(samples) + 1}th sample on: {error}")
+            skipped.append(f"{path.name} after {len(samples)} samples: {error}")
         for sample in samples.values():
             if "media" in sample:
                 member_name, place = sample["media"]
@@ -227,19 +231,19 @@ def list_tars(paths: list[Path], extensions: set[str]) -> Listing:
                 places.append(place)
                 about.append(sample)
     captions, labels = zip(*map(_about, about), strict=True) if about else ((), ())
-    listing = Listing(names, Members(places), skipped=skipped)
-    keep = [True] * len(names)
-    for what, values in (("text", captions), ("class", labels)):
-        if any(value is not None for value in values):
-            for i, value in enumerate(values):
-                if value is None:
-                    keep[i] = False
-                    listing.skipped.append(f"{names[i]}: no {what}, which others have")
-    kept = [i for i, good in enumerate(keep) if good]
-    listing.names, listing.load = [names[i] for i in kept], Members([places[i] for i in kept])
-    if any(caption is not None for caption in captions):
+    expected = {"text": captions, "class": labels}
+    expected = {what: values for what, values in expected.items() if any(value is not None for value in values)}
+    kept = []
+    for i, name in enumerate(names):
+        lacking = [what for what, values in expected.items() if values[i] is None]
+        if lacking:
+            skipped.append(f"{name}: no {lacking[0]}, which others have")
+        else:
+            kept.append(i)
+    listing = Listing([names[i] for i in kept], Members([places[i] for i in kept]), skipped=skipped)
+    if "text" in expected:
         listing.captions = [str(captions[i]) for i in kept]
-    if any(label is not None for label in labels):
+    if "class" in expected:
         listing.classes, listing.labels = number_classes([labels[i] for i in kept])
     return listing
 

@@ -1,7 +1,8 @@
 """Writes the shards that `examples/data/latents.py` reads: on several processes, and on from where a killed run was.
 
-Shards are whole or absent: each is written beside its place and moved there. Processes share the missing ones evenly, and
-`index.json` comes last, when none is missing. A shard is the same whoever makes it, and however often the run was killed.
+Shards are whole or absent: each is written beside its place and moved there. Processes share the missing ones evenly,
+and `index.json` comes last, when none is missing. A shard is the same whoever makes it, and however often the run was
+killed.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ TEXT_SHARD = 1024
 
 
 class Preparation:
-    """A folder being filled. `settings` must hold image_size, num_frames, frame_interval, flip, seed, variants, dtype."""
+    """A folder being filled. `settings`: all that the scripts take which changes what is written."""
 
     def __init__(self, folder: Path, data: Samples, settings: dict[str, Any], *, shard_size: int, process: Process):
         self.folder, self.data, self.shard_size, self.process = folder, data, shard_size, process
-        listed = json.dumps([data.names, data.captions, data.listing.labels]).encode()
+        listed = json.dumps([data.names, data.captions, data.labels]).encode()
         self.settings = {**settings, "shard_size": shard_size, "data": hashlib.sha256(listed).hexdigest()}
         self.captions = ["", *dict.fromkeys(data.captions)] if settings.get("text_encoder") and data.captions else []
         if process.is_main:
@@ -81,6 +82,8 @@ class Preparation:
     def _write_text(self, name: str, text: TextEncoder) -> None:
         start = int(name[5:10]) * TEXT_SHARD
         tokens, mask, pooled = text.encode(self.captions[start : start + TEXT_SHARD])
+        if not (tokens.isfinite().all() and pooled.isfinite().all()):
+            raise ValueError(f"mixed_precision: the embeddings of {text.name} are not finite. Use fp32 or bf16")
         dtype = DTYPES[self.settings["text_dtype"]]
         self._save(name, {"tokens": tokens.to(dtype), "mask": mask, "pooled": pooled.to(dtype)}, [])
 
@@ -131,8 +134,8 @@ class Preparation:
             std = torch.stack([torch.stack(stds[i]) for i in ids])
             if std.any():
                 tensors["std"] = std
-        if self.data.listing.labels is not None:
-            tensors["label"] = torch.tensor([self.data.listing.labels[i] for i in ids])
+        if self.data.labels is not None:
+            tensors["label"] = torch.tensor([self.data.labels[i] for i in ids])
         if self.captions and self.data.captions:
             tensors["caption"] = torch.tensor([number[self.data.captions[i]] for i in ids])
         self._save(name, tensors, [{"id": i, "why": reason} for i, reason in sorted(why.items())])
@@ -154,7 +157,7 @@ class Preparation:
             "captions": len(self.captions),
             "files": {name: (self.folder / name).stat().st_size for name in names},
             "holes": list(self._holes()),
-            "skipped": self.data.listing.skipped,
+            "skipped": self.data.unlisted,
         }
 
     def _holes(self) -> Iterator[dict[str, Any]]:

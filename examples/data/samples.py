@@ -1,8 +1,8 @@
 """Images and clips as they are on disk, decoded, cropped and augmented: a map-style data set.
 
 `data[i]` is sample i in its first epoch, `data[epoch, i]` in another. What is drawn at random for a sample (where its
-window of frames starts, whether it is flipped) depends on (seed, epoch, i) and on nothing else: not on the worker, not on
-the order, not on how many processes there are. A flip comes in every other epoch, and the seed says in which ones.
+window of frames starts, whether it is flipped) depends on (seed, epoch, i) and on nothing else: not on the worker, the
+order, or the number of processes. A flip comes in every other epoch, and the seed says in which ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Unreadable(Exception):
 
 
 class Samples(Dataset):
-    """`classes`, and `captions` per sample or None; `names` say which file (or member, or row) a sample is."""
+    """`labels` and `captions`: one per sample, or None. `names` say which file, member or row each is; `unlisted`
+    what could not even become a sample."""
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class Samples(Dataset):
     ):
         self.listing, self.image_size, self.decoder = listing, image_size, decoder
         self.num_frames, self.frame_interval, self.flip, self.seed = num_frames, frame_interval, flip, seed
-        self.names, self.classes, self.captions = listing.names, listing.classes, listing.captions
+        self.names, self.classes = listing.names, listing.classes
+        self.labels, self.captions, self.unlisted = listing.labels, listing.captions, listing.skipped
         self._bad = torch.zeros(len(listing.names), dtype=torch.bool).share_memory_()  # loader workers mark it too
 
     def __len__(self) -> int:
@@ -49,7 +51,7 @@ class Samples(Dataset):
     @property
     def skipped(self) -> list[str]:
         """What was met so far and could not be used, from the listing and from decoding, by this process's workers."""
-        return self.listing.skipped + [self.names[i] for i in self._bad.nonzero().flatten().tolist()]
+        return self.unlisted + [self.names[i] for i in self._bad.nonzero().flatten().tolist()]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The sample, or the next one that can be read; its "id" says which it is."""
@@ -81,8 +83,8 @@ class Samples(Dataset):
         if self.flip and phase:
             pixels = pixels.flip(-1)
         sample: dict[str, Any] = {"pixels": pixels.float() / 127.5 - 1, "id": index}
-        if self.listing.labels is not None:
-            sample["label"] = self.listing.labels[index]
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
         if self.captions is not None:
             sample["caption"] = self.captions[index]
         return sample

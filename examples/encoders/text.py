@@ -6,8 +6,8 @@
 | t5, mt5, umt5 | T5's encoder | mean over the caption's tokens |
 | bert, mpnet, roberta, … (sentence-transformers) | last layer | mean, or the first token where 1_Pooling says so |
 
-Each caption is encoded once: those met lately are remembered. They go through in chunks of one shape, so that a caption's
-embedding does not depend, to the bit, on those beside it.
+Each caption is encoded once: those met lately are remembered. They go through in chunks of one shape (on a CPU one by one),
+so that a caption's embedding does not depend, to the bit, on those beside it; vae.py says why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from examples.encoders.vae import read_config
 
 CLIP, T5 = ("clip", "clip_text_model"), ("t5", "mt5", "umt5")
-CHUNK = 8
 # Longer captions are cut. T5's is what PixArt trained with; sentence encoders were trained with 128.
 LENGTHS = {**dict.fromkeys(CLIP, 77), **dict.fromkeys(T5, 120)}
 
@@ -36,6 +35,7 @@ class TextEncoder:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name, self.pooling, self.normalize, self.length = name, pooling, normalize, length
         self.device = next(model.parameters()).device
+        self.chunk = 1 if self.device.type == "cpu" else 8
         self.remembered: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         tokens, _, pooled = self.encode([""])
         self.width, self.pooled_width = tokens.shape[-1], pooled.shape[-1]
@@ -45,9 +45,9 @@ class TextEncoder:
         known = {caption: self.remembered[caption] for caption in captions if caption in self.remembered}
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         if new:
-            for start in range(0, len(new), CHUNK):
-                chunk = new[start : start + CHUNK]
-                encoded = self._encode(chunk + [""] * (CHUNK - len(chunk)))
+            for start in range(0, len(new), self.chunk):
+                chunk = new[start : start + self.chunk]
+                encoded = self._encode(chunk + [""] * (self.chunk - len(chunk)))
                 known |= zip(chunk, zip(*(out[: len(chunk)] for out in encoded), strict=True), strict=True)
             self.remembered |= {caption: known[caption] for caption in new}
             for caption in list(self.remembered)[: max(0, len(self.remembered) - remember)]:

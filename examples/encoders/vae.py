@@ -3,11 +3,12 @@
     z = (latent − mean_c) · scale / std_c,   and its inverse before decoding
 
 with what the VAE's own configuration says: `scaling_factor` and `shift_factor` (Stable Diffusion, FLUX, CogVideoX),
-`latents_mean` and `latents_std` per channel (Wan, Mochi, LTX), or TAEF2's measured ones. An image VAE takes a clip frame by
-frame; a video VAE compresses time as well.
+`latents_mean` and `latents_std` per channel (Wan, Mochi, LTX), or TAEF2's measured ones. An image VAE takes a clip
+frame by frame; a video VAE compresses time as well.
 
-Batches go through the network in chunks of one size, the last one padded: kernels choose their order of summation by
-shape, so this makes a sample's result independent, to the bit, of what else is in its batch.
+A sample's result must not depend on what else is in its batch, not in a bit, but kernels choose their order of summation
+by shape. So batches go through the network in chunks of one size, the last one padded; on a CPU, where the order may differ
+from place to place in a batch as well, one by one.
 
 Shapes: images [B, 3, H, W] ↔ [B, C, h, w]; clips [B, T, 3, H, W] ↔ [B, T', C, h, w].
 """
@@ -33,11 +34,13 @@ def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 class Vae:
     """`channels` C, `factor` H / h, `is_video`; `name` says which one it is in indices and reports."""
 
-    def __init__(self, model: nn.Module, name: str, *, shift: Any, scale: Any, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, model: nn.Module, name: str, *, shift: Any, scale: Any, device: torch.device, dtype: torch.dtype
+    ):
         self.model = model.to(device).eval().requires_grad_(False)
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.is_video = any(isinstance(module, nn.Conv3d) for module in model.modules())
-        self.chunk = 1 if self.is_video else 8  # clips, or images
+        self.chunk = 1 if self.is_video or self.device.type == "cpu" else 8  # clips, or images
         self.shift, self.scale = (self._per_channel(value) for value in (shift, scale))
         probe = self.encode(torch.zeros(1, *(1,) * self.is_video, 3, 64, 64))[0]
         self.channels, self.factor = probe.shape[-3], 64 // probe.shape[-1]
@@ -89,7 +92,7 @@ class Vae:
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """A folder or a hub name of diffusers' autoencoders (or of a pipeline that has one), or a folder in TAEF2's layout."""
+    """A folder or a hub name of one of diffusers' autoencoders or pipelines, or a folder in TAEF2's layout."""
     device, folder = torch.device(device), Path(name)
     config_file = folder / "config.json"
     if config_file.is_file() and "TAEF2" in str(json.loads(config_file.read_text()).get("name")):
@@ -103,7 +106,9 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu", dtype: torch.
     kind = config.get("_class_name", "")
     found = getattr(diffusers, kind, None) if kind.startswith("Autoencoder") else None
     if found is None or kind == "AutoencoderKLFlux2":  # its latents are normalised by a BatchNorm on packed 2×2 tokens
-        raise ValueError(f"vae: {name} is a {kind or 'model without a class'}; allowed: diffusers' Autoencoder… classes")
+        raise ValueError(
+            f"vae: {name} is a {kind or 'model without a class'}; allowed: diffusers' Autoencoder… classes"
+        )
     model = found.from_pretrained(name, use_safetensors=True, torch_dtype=dtype, **place)
     scale = torch.tensor(float(config.get("scaling_factor") or 1.0))
     shift: Any = config.get("shift_factor") or 0.0
@@ -127,18 +132,20 @@ def read_config(name: str | Path, subfolder: str, what: str) -> tuple[dict[str, 
         raise ValueError(f"{argument}: {folder} has no config.json, nor has its sub-folder {subfolder}")
     if folder.is_absolute() or str(name).startswith("."):
         raise ValueError(f"{argument}: the folder {folder} does not exist")
+    for place in ({}, {"subfolder": subfolder}):
+        if (found := _from_hub(str(name), place, argument)) is not None:
+            return found, place
+    raise ValueError(f"{argument}: {name} on the hub has no config.json, nor has its sub-folder {subfolder}")
+
+
+def _from_hub(name: str, place: dict[str, str], argument: str) -> dict[str, Any] | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        for place in ({}, {"subfolder": subfolder}):
-            try:
-                return json.loads(Path(hf_hub_download(str(name), "config.json", **place)).read_text()), place
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return json.loads(Path(hf_hub_download(name, "config.json", **place)).read_text())
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{argument}: {name} is no folder here, and the hub did not give it: {first}") from error
-    raise ValueError(f"{argument}: {name} on the hub has no config.json, nor has its sub-folder {subfolder}")

@@ -34,7 +34,9 @@ def main() -> None:
     if args.num_frames < 2:
         parser.error("argument --num_frames: a clip has at least 2 frames; for images there is image/preprocess.py")
     if args.flip and args.variants % 2:
-        parser.error(f"argument --variants: {args.variants} with --flip, where every other variant is mirrored: not odd")
+        parser.error(
+            f"argument --variants: {args.variants} with --flip, where every other variant is mirrored: not odd"
+        )
 
     with parser.explain_mistakes():
         process = start_process(args.device)
