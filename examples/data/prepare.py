@@ -47,8 +47,9 @@ class Preparation:
         missing = [[name for name in [*self.text_files, *self.files] if not (folder / name).is_file()]]
         if dist.is_initialized():  # looked up once, or a fast process's new shards would change a slow one's share
             dist.broadcast_object_list(missing)
-        self.mine = [name for name in self.files if name in set(missing[0])][process.rank :: process.world]
-        self.my_text = [name for name in self.text_files if name in set(missing[0])][process.rank :: process.world]
+        mine = missing[0][process.rank :: process.world]
+        self.mine = [name for name in mine if name.startswith("latents")]
+        self.my_text = [name for name in mine if name.startswith("text")]
 
     def _same_settings_or_new(self) -> None:
         path = self.folder / "settings.json"

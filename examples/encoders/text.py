@@ -6,8 +6,8 @@
 | t5, mt5, umt5 | T5's encoder | mean over the caption's tokens |
 | bert, mpnet, roberta, … (sentence-transformers) | last layer | mean, or the first token where 1_Pooling says so |
 
-Each caption is encoded once: those met lately are remembered. They go through in chunks of one shape (on a CPU one by one),
-so that a caption's embedding does not depend, to the bit, on those beside it; vae.py says why.
+Each caption is encoded once: those met lately are remembered. They go through in chunks of one shape, on a CPU one by
+one, so that a caption's embedding does not depend, to the bit, on those beside it; vae.py says why.
 """
 
 from __future__ import annotations

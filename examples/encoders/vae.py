@@ -6,9 +6,9 @@ with what the VAE's own configuration says: `scaling_factor` and `shift_factor` 
 `latents_mean` and `latents_std` per channel (Wan, Mochi, LTX), or TAEF2's measured ones. An image VAE takes a clip
 frame by frame; a video VAE compresses time as well.
 
-A sample's result must not depend on what else is in its batch, not in a bit, but kernels choose their order of summation
-by shape. So batches go through the network in chunks of one size, the last one padded; on a CPU, where the order may differ
-from place to place in a batch as well, one by one.
+A sample's result must not depend on what else is in its batch, not in a bit, but kernels choose their order of
+summation by shape. So batches go through the network in chunks of one size, the last one padded; on a CPU, where the
+order may differ from place to place in a batch as well, one by one.
 
 Shapes: images [B, 3, H, W] ↔ [B, C, h, w]; clips [B, T, 3, H, W] ↔ [B, T', C, h, w].
 """

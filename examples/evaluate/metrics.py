@@ -3,7 +3,7 @@
     Fréchet     d² = |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½)                     Heusel et al. 2017, arXiv 1706.08500
     Inception   exp E[KL(p(y|x) ‖ p(y))] = exp(E[Σ p log p] − Σ p̄ log p̄)       Salimans et al. 2016, arXiv 1606.03498
     precision   share of generated samples that are as near to some real one as its k-th neighbour is; recall: the
-                reverse                                                        Kynkäänniemi et al. 2019, arXiv 1904.06991
+                reverse                                                       Kynkäänniemi et al. 2019, arXiv 1904.06991
 
 tests/examples/test_evaluate.py holds the first against torchmetrics and a closed form. torchmetrics' own needs seven
 seconds to import and keeps no statistics in files; torch-fidelity needs torchvision.

@@ -121,7 +121,7 @@ def test_broken_files_are_named_counted_and_replaced_by_the_next(tmp_path, capfd
     assert capfd.readouterr().err.count("skipping") == 3  # said once
     for path in root.rglob("*.*"):
         path.write_bytes(b"no")
-    with pytest.raises(ValueError, match="none of the 6 samples can be read; the first: cat/00.png"):
+    with pytest.raises(ValueError, match=r"none of the 6 samples can be read; the first: cat/00\.png"):
         open_data(root, image_size=8)[0]
 
 

@@ -156,7 +156,7 @@ def test_half_precision_files_and_lengths(tmp_path):
     folder = tiny_text_encoder(tmp_path / "text", "bert")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
     assert load_text_encoder(folder).length == 16  # as many as it has positions
-    with pytest.raises(ValueError, match="text_length: got 99; .* takes up to 16 tokens"):
+    with pytest.raises(ValueError, match=r"text_length: got 99; .* takes up to 16 tokens"):
         load_text_encoder(folder, length=99)
 
 
