@@ -1,4 +1,4 @@
-"""Preprocessing as users run it: what is written, kills and resumes, several processes, equality with training on pixels."""
+"""Preprocessing as users run it: what is written, kills and resumes, several processes; training on what it wrote."""
 
 import importlib
 import json
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_where_it_was(nets, tmp_path, monkeypatch, capfd):
     assert 3 <= len(done) < 12
     assert not (out / "index.json").exists()
     (out / "latents-00007.safetensors.part").write_bytes(b"half a shard")
-    with pytest.raises(ValueError, match="preprocessing of .*killed was not finished. Run the same command again"):
+    with pytest.raises(ValueError, match=r"preprocessing of .*killed was not finished\. Run the same"):
         open_data(out, image_size=16)
 
     preprocess(monkeypatch, "image", "--out", out, *arguments)
