@@ -170,7 +170,13 @@ def test_videos_of_a_table_short_and_broken_ones_named(tmp_path, capfd):
     assert len(data) == 6
     assert [data[i]["id"] for i in range(6)] == [0, 1, 2, 0, 0, 0]
     assert data[1]["caption"] == "a blue dog"
-    assert data.skipped == ["videos.csv:8: no text", "short.mp4", "cut.mp4", "none.mp4"]
+    assert data.skipped == [
+        "videos.csv:8: no text",
+        "videos.csv:9: notes.txt is no video",
+        "short.mp4",
+        "cut.mp4",
+        "none.mp4",
+    ]
     assert "skipping short.mp4: too short: 3 frames, 4 at an interval of 1 need 4" in capfd.readouterr().err
 
 
@@ -267,7 +273,7 @@ def test_samples_are_the_same_in_a_spawned_process(tmp_path):
         ({"path": "*.tar"}, "matches 0 files"),
         ({"path": "columns.csv"}, "columns.csv has the columns a, b; one of path, file"),
         ({"path": "mixed"}, "has files both beside and in sub-folders"),
-        ({"path": "bad.parquet"}, "holds no images, of 1 entries: bad.parquet"),
+        ({"path": "bad.parquet"}, "holds no images; of 1 entries: bad.parquet"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, options, words):
