@@ -111,7 +111,7 @@ def video_table(root: Path, count: int = 3, frames: int = 12) -> Path:
     return root / "videos.csv"
 
 
-def tiny_vae(folder: Path) -> Path:
+def tiny_vae(folder: Path, attention: bool = False) -> Path:
     """AutoencoderKL with 4 channels and factor 2."""
     from diffusers import AutoencoderKL
 
@@ -124,7 +124,7 @@ def tiny_vae(folder: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.2,
         shift_factor=0.1,
-        mid_block_add_attention=False,  # 256 px would take it seconds
+        mid_block_add_attention=attention,  # it would take seconds at 256 px
     ).save_pretrained(folder)
     return folder
 
