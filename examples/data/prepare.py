@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -143,8 +143,9 @@ class Preparation:
 
     def _save(self, name: str, tensors: dict[str, Tensor], holes: list[dict[str, Any]]) -> None:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, self.folder / f"{name}.part", metadata={"holes": json.dumps(holes)})
-        os.replace(self.folder / f"{name}.part", self.folder / name)
+        part = self.folder / f"{name}.part"
+        part.write_bytes(save(tensors, metadata={"holes": json.dumps(holes)}))  # save_file's are its owner's alone
+        os.replace(part, self.folder / name)
 
     def _index(self) -> dict[str, Any]:
         names = [*self.text_files, *self.files]

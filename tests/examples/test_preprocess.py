@@ -122,9 +122,9 @@ def test_a_killed_run_goes_on_where_it_was(nets, tmp_path, monkeypatch, capfd):
     out = tmp_path / "killed"
     # As from the shell; each shard takes a while, so that the kill comes in the middle.
     slow = (
-        "import sys, time; import examples.data.prepare as p; save = p.save_file\n"
-        "def slowly(*a, **k):\n    time.sleep(0.3); save(*a, **k)\n"
-        "p.save_file = slowly\n"
+        "import sys, time; import examples.data.prepare as p; save = p.save\n"
+        "def slowly(*a, **k):\n    time.sleep(0.3); return save(*a, **k)\n"
+        "p.save = slowly\n"
         f"sys.argv = ['preprocess.py', '--out', {str(out)!r}, '--device', 'cpu', *{arguments!r}]\n"
         "from examples.image.preprocess import main; main()"
     )
@@ -147,6 +147,7 @@ def test_a_killed_run_goes_on_where_it_was(nets, tmp_path, monkeypatch, capfd):
     assert same(contents(out), contents(tmp_path / "whole"))
     assert (out / "index.json").read_text() == (tmp_path / "whole" / "index.json").read_text()
     assert not list(out.glob("*.part"))
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # shards are as readable as the index
 
     # Again, and nothing is left to do; with other settings, it is refused.
     preprocess(monkeypatch, "image", "--out", out, *arguments)
