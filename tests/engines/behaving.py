@@ -23,11 +23,11 @@ DIVIDING = tuple(p for p in PLUGINS if p != "ddp")
 
 def cases(world: int) -> dict[str, Any]:
     if world == 4:
-        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero3")}
+        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero3",)}
         return found | {"uneven nodes": uneven_nodes}
     found = {f"checkpointing/{p}/{kind}": functools.partial(checkpointing, p, kind) for p, kind in CHECKPOINTED}
     found |= {f"whole blocks/{p}/{kind}": functools.partial(whole_blocks, p, kind) for p, kind in WHOLE}
-    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero2", "zero3")}
+    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero3")}
     found |= {f"bf16 reduction/{p}": functools.partial(bf16_reduction, p) for p in ("zero1", "gemini")}
     found |= {f"state/{p}": functools.partial(state_from_before, p) for p in ("ddp", "zero2", "gemini")}
     for plugin in PLUGINS:
