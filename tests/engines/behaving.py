@@ -307,14 +307,16 @@ def _count(profiled: Any, word: str) -> int:
 
 
 def names_and_places() -> dict[str, Any]:
-    """Keys of the state dict, and which parameters are whole."""
+    """Whether the state dict's keys stay, which parameters are whole, whether they are unchanged; the part held here."""
     keys = list(tiny_of("dit")[1].state_dict())
     frozen = tiny_of("dit")[1].pos_embed
     found: dict[str, Any] = {}
     for plugin in DIVIDING:
         model, *_ = on(plugin, "dit", 1)
         left = [n for n, p in model.named_parameters() if not hasattr(p, "placements")]
-        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen))
+        divided = [p for p in model.parameters() if hasattr(p, "placements")]
+        part = sum(p.to_local().numel() for p in divided) / sum(p.numel() for p in divided)
+        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen), part)
     return found
 
 

@@ -122,10 +122,12 @@ def test_no_sync_spares_what_it_says():
         assert found["zero3"]["gathers"] == found["gemini"]["gathers"] > 0
 
 
-def test_keys_stay_and_frozen_parameters_stay_whole():
+def test_keys_and_frozen_parameters_stay_and_the_rest_is_halved():
     for found in of("names"):
         for plugin in DIVIDING:
-            assert found[plugin] == (True, ["pos_embed"], True), plugin
+            *rest, part = found[plugin]
+            assert rest == [True, ["pos_embed"], True], plugin
+            assert 0.49 < part < 0.51
 
 
 SAID = {
