@@ -23,11 +23,11 @@ DIVIDING = tuple(p for p in PLUGINS if p != "ddp")
 
 def cases(world: int) -> dict[str, Any]:
     if world == 4:
-        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero3")}
+        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero3",)}
         return found | {"uneven nodes": uneven_nodes}
     found = {f"checkpointing/{p}/{kind}": functools.partial(checkpointing, p, kind) for p, kind in CHECKPOINTED}
     found |= {f"whole blocks/{p}/{kind}": functools.partial(whole_blocks, p, kind) for p, kind in WHOLE}
-    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero2", "zero3")}
+    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero3")}
     found |= {f"bf16 reduction/{p}": functools.partial(bf16_reduction, p) for p in ("zero1", "gemini")}
     found |= {f"state/{p}": functools.partial(state_from_before, p) for p in ("ddp", "zero2", "gemini")}
     for plugin in PLUGINS:
@@ -307,14 +307,16 @@ def _count(profiled: Any, word: str) -> int:
 
 
 def names_and_places() -> dict[str, Any]:
-    """Keys of the state dict, and which parameters are whole."""
+    """Whether the state dict's keys stay, which parameters are whole, whether they are unchanged; the part held here."""
     keys = list(tiny_of("dit")[1].state_dict())
     frozen = tiny_of("dit")[1].pos_embed
     found: dict[str, Any] = {}
     for plugin in DIVIDING:
         model, *_ = on(plugin, "dit", 1)
         left = [n for n, p in model.named_parameters() if not hasattr(p, "placements")]
-        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen))
+        divided = [p for p in model.parameters() if hasattr(p, "placements")]
+        part = sum(p.to_local().numel() for p in divided) / sum(p.numel() for p in divided)
+        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen), part)
     return found
 
 
