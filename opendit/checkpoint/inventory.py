@@ -75,18 +75,24 @@ class Run:
 
 @dataclass
 class State:
-    """What is written: `pieces` of tensors, `shared` plain values that all processes agree on, and this one's `own`."""
+    """What is written: `pieces` of tensors, `shared` plain values that all processes agree on, and this one's `own`.
+
+    `buffers` names those of the pieces that need not be equal in all processes.
+    """
 
     pieces: dict[str, Piece] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
     shared: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
 
 
 def collect(run: Run, step: int, extra: Any, config: Any) -> State:
     state = State()
-    state.pieces.update(module_pieces(run.model, "model"))
+    for name, module in (("model", run.model), ("ema", run.ema)):
+        if module is not None:
+            state.pieces.update(module_pieces(module, name))
+            state.buffers.update(f"{name}/{key}" for key, _ in unwrap(module).named_buffers(remove_duplicate=False))
     if run.ema is not None:
-        state.pieces.update(module_pieces(run.ema, "ema"))
         state.shared["ema"] = {}
     if run.optimizer is not None:
         state.shared["optimizer"], found = optimizer_state(run.optimizer, run.model)

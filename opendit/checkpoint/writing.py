@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opendit.checkpoint import disk, jsonfile, manifest, shards, together
-from opendit.checkpoint.division import Row, divide, table
+from opendit.checkpoint.division import Row, check_equal, checksums, divide, table
 from opendit.checkpoint.errors import CheckpointError
 from opendit.checkpoint.inventory import Run, State, check_finite, collect
 
@@ -52,21 +52,25 @@ def prepare(folder: Path, run: Run, step: int, extra: Any, config: Any) -> Job:
         problem = error
     told_by = [t for t in together.everyones(told, problem) if t is not None]
     tables = [t[0] for t in told_by]
-    values, starts = {}, {}
+    values: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    sums: dict[str, int] = {}
     try:
         for r, (_, theirs, _) in enumerate(told_by):
             for name in {**told_by[0][1], **theirs}:
                 if told_by[0][1].get(name) != theirs.get(name):
                     raise CheckpointError(f"{name}: rank 0 and rank {r} have different values; allowed: equal ones")
-        for key, (start, stop) in divide(tables, together.rank()).items():
+        for key, (start, stop) in divide(tables, together.rank(), state.buffers).items():
             piece = state.pieces[key]
             values[key], starts[key] = piece.values[start - piece.start : stop - piece.start], start
         check_finite(values)
+        sums = checksums(state.pieces, tables, together.rank())
     except Exception as error:
         problem = error
-    together.everyones(None, problem)
+    everyones_sums = together.everyones({k: v for k, v in sums.items() if k not in state.buffers}, problem)
     begun = None
     try:
+        check_equal(everyones_sums, tables)
         if together.rank() == 0:
             begun = disk.begin(folder, step)
     except Exception as error:

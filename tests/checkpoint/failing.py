@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import opendit
-from opendit.checkpoint import disk, shards, together
+from opendit.checkpoint import disk, division, shards, together
 from tests.checkpoint.running import Trainer, differences
 
 
@@ -45,6 +45,7 @@ def _fails(match: str, call: Any) -> None:
 def _resume():
     """Replicated state is written once, divided; every process's own random states continue."""
     folder = _folder()
+    division._WORTH_DIVIDING = 8  # tensors are tiny here
     for background in (False, True):
         whole = _trainer(0)
         whole.train(3)
@@ -107,6 +108,16 @@ def _different():
     _fails("extra: rank 0 and rank 1", lambda: opendit.save(folder, model, step=1, extra=[rank]))
     odd = object() if rank == 1 else None
     _fails(r"rank 1: extra: got builtins\.object", lambda: opendit.save(folder, model, step=1, extra=odd))
+    torch.manual_seed(rank)
+    apart = torch.nn.Linear(2, 2)  # two models, not two copies of one
+    _fails("rank 0 and rank 1 hold different values of what should be one", lambda: opendit.save(folder, apart, step=1))
+    with torch.no_grad():
+        for p in apart.parameters():
+            p.fill_(1.0)
+    apart.register_buffer("statistics", torch.full((3,), 5.0 + rank))
+    opendit.save(folder / "buffers", apart, step=1)
+    opendit.load(folder / "buffers", apart)
+    assert apart.statistics.tolist() == [5.0] * 3
     other = torch.nn.Linear(2, 2 + rank)
     _fails("processes hold different tensors", lambda: opendit.save(folder, other, step=1))
     return disk.names(folder) if folder.exists() else []

@@ -3,9 +3,9 @@
     python -m tests.checkpoint.killing TRIALS RANKS SEED
 
 Each trial starts from a folder with one checkpoint. A forked process, or one for each rank, trains and saves every
-step, half of the trials in the background; it is killed at a random moment between its first step and its last. What it
-was doing then is read from memory that it shares. A new process loads what is there, trains to the end, and everything
-that it ends with is compared, by hash, with a run that nobody disturbed. Prints the figures as JSON.
+step, in half of the trials in the background; it is killed at a random moment between its first step and its last. What
+it was doing then is read from memory that it shares. A new process loads what is there, trains to the end, and
+everything that it ends with is compared, by hash, with a run that nobody disturbed. Prints the figures as JSON.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 import opendit
@@ -202,6 +204,88 @@ def test_each_file_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     rest = [(kind, path.rsplit("/", 1)[-1]) for kind, path in events[at + 1 :]]
     folder = tmp_path.name
     assert rest == [("flush", folder), ("flush", "latest.new"), ("rename", "latest"), ("flush", folder)]
+
+
+class _Killed(BaseException):
+    """Nothing that handles exceptions handles it: what follows does not happen, as after a kill."""
+
+
+def _killed_at(number: int, monkeypatch) -> list[str]:
+    """Lets `number` changes of the disk happen and none after; the names of those that were tried."""
+    tried = []
+
+    def counted(owner, name):
+        real = getattr(owner, name, open)
+
+        def call(*args, **kwargs):
+            tried.append(name)
+            if len(tried) > number:
+                raise _Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call, raising=False)
+
+    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+        counted(disk.os, name)
+    counted(disk, "open")  # for writing
+    counted(safetensors.torch, "save_file")
+    return tried
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_cut_off_after_any_change_of_the_disk(tmp_path, monkeypatch, keep):
+    """At every point of a save, one by one: what is left loads, is the old or the new state, and is saved over."""
+    model = torch.nn.Linear(2, 2)
+    states, points = [{n: torch.full_like(v, float(s)) for n, v in model.state_dict().items()} for s in (1, 2)], 0
+    seen = set()
+    while True:
+        folder = tmp_path / str(points)
+        for step in (1, 2):
+            model.load_state_dict(states[step - 1])
+            with monkeypatch.context() as patch:
+                tried = _killed_at(points, patch) if step == 2 else []
+                with contextlib.suppress(_Killed):
+                    opendit.save(folder, model, step=step, keep=keep)
+        found = opendit.load(folder, model).step
+        assert all(torch.equal(v, states[found - 1][n]) for n, v in model.state_dict().items())
+        seen.add(found)
+        opendit.save(folder, model, step=3, keep=1)
+        assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000003"]
+        if len(tried) <= points:
+            break
+        points += 1
+    assert seen == {1, 2}
+    assert points >= 15
+
+
+def test_named_and_not_yet_the_latest(tmp_path, monkeypatch):
+    """Between the rename and `latest`: the one before counts; the same step is saved beside it."""
+    model = torch.nn.Linear(2, 2)
+    opendit.save(tmp_path, model, step=1)
+
+    def killed(*args):
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "replace", killed)
+        with pytest.raises(_Killed):
+            opendit.save(tmp_path, model, step=2)
+    assert disk.names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert opendit.load(tmp_path, model).step == 1
+    opendit.save(tmp_path, model, step=2)
+    assert opendit.latest_checkpoint(tmp_path).name == "step-00000002-2"
+
+
+def test_without_the_check_damage_is_not_seen(saved, tmp_path, monkeypatch):
+    """A mutant: the hashes of files are not compared."""
+    folder = tmp_path / "a"
+    shutil.copytree(saved, folder)
+    path = folder / "step-00000003" / "shard-00000-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes(content)
+    monkeypatch.setattr(manifest, "check_files", lambda *args: None)
+    assert Trainer(1).load(folder).step == 3
 
 
 def test_keep(tmp_path):
