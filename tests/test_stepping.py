@@ -47,6 +47,10 @@ def test_all_stop_after_several_in_a_row_and_name_the_parameter():
         assert "Worst now: blocks.1.mlp.fc1.weight on process 1." in said
 
 
+def test_models_are_let_go_of():
+    assert of_every_rank(CASES, 2, "let_go") == [[True, True]] * 2
+
+
 def spoil(model: nn.Module) -> None:
     model.blocks[0].attn.qkv.weight.grad[3, 2] = float("nan")
 
