@@ -31,6 +31,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
 }
+STEPPED = [
+    ("alone", "adamw"),
+    ("alone", "fused"),
+    ("alone", "sgd"),
+    ("ddp", "adamw"),
+    ("sharded", "adamw"),
+    ("sharded", "fused"),
+]
 _DIT = TINY[0]
 
 
@@ -44,9 +52,9 @@ def cases(world: int) -> dict[str, Any]:
             "overflow/hybrid": functools.partial(overflow_on_one, "hybrid"),
         }
     found: dict[str, Any] = {}
+    for kind, name in STEPPED:
+        found[f"skip/{kind}/{name}"] = functools.partial(skips_together, kind, name)
     for kind in KINDS:
-        for name in OPTIMIZERS if kind != "ddp" else ("adamw",):
-            found[f"skip/{kind}/{name}"] = functools.partial(skips_together, kind, name)
         found[f"overflow/{kind}"] = functools.partial(overflow_on_one, kind)
         found[f"gradients/{kind}"] = functools.partial(gradients, kind, world)
         found[f"ema/{kind}"] = functools.partial(averages, kind, world)
@@ -420,8 +428,7 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Any, str, Any]] = {
         "update",
         _careless,
     ),
-    "one shard stale, ddp": (functools.partial(averages, "ddp", 2), sharded_ema.ShardedEma, "update", _stale),
-    "one shard stale, sharded": (functools.partial(averages, "sharded", 2), sharded_ema.ShardedEma, "update", _stale),
+    "one shard stale": (functools.partial(averages, "sharded", 2), sharded_ema.ShardedEma, "update", _stale),
     "skip decided per process": (functools.partial(skips_together, "ddp", "adamw"), nonfinite, "dist", _NoReduce()),
     "schedule goes on": (
         functools.partial(skips_together, "ddp", "adamw"),
