@@ -40,7 +40,7 @@ def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
 
     Raises `ValueError` where the optimizer or the model is attached otherwise, or the optimizer needs a closure.
     """
-    if isinstance(optimizer, LBFGS):
+    if wanted and isinstance(optimizer, LBFGS):
         raise ValueError(
             "optimizer: got LBFGS, which runs its closure several times a step; allowed with skip_nonfinite, fp16 or "
             "ema: optimizers that step once on the gradients there are"

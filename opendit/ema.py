@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opendit.everyone import gathered, is_first, several
+from opendit.everyone import carrier, gathered, is_first, several
 from opendit.pieces import Piece, piece_of
 from opendit.sharded_ema import ShardedEma, reshard
 from opendit.stepping import Stepper, stepper_of
@@ -137,7 +137,7 @@ def _on_first(piece: Piece) -> Tensor | None:
     """The whole tensor on process 0, on the CPU, from everyone's pieces; None elsewhere."""
     ranges = gathered((piece.start, piece.stop))
     width = max(stop - start for start, stop in ranges)
-    padded = torch.zeros(width, dtype=piece.values.dtype, device=piece.values.device)
+    padded = torch.zeros(width, dtype=piece.values.dtype, device=carrier(piece.values.device))
     padded[: piece.stop - piece.start] = piece.values
     parts = [padded]
     if several():

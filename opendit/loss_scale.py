@@ -41,7 +41,8 @@ class LossScale:
         self._settle = settle
         self._tensors: dict[torch.device, Tensor] = {}
         self._hooked: dict[int, Any] = {}
-        self._sharded: list[Any] = [m for m in model.modules() if gathers(m)]
+        # Weakly, as everything here: `SCALES` must not keep the model.
+        self._sharded = [weakref.ref(m) for m in model.modules() if gathers(m)]
         divided = {id(p) for p in model.parameters() if hasattr(p, "device_mesh")}
         this = weakref.ref(self)
         for p in model.parameters():
@@ -89,7 +90,10 @@ class LossScale:
         self.value = value
         for both in self._tensors.values():
             both.copy_(torch.tensor([value, 1 / value]))
-        for module in self._sharded:
+        for sharded in self._sharded:
+            module: Any = sharded()
+            if module is None:
+                continue
             # A sum, and the division after it: gloo can't multiply on the way.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(_processes(module) * value)

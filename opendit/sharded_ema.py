@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opendit.ema_profiles import EMA
-from opendit.everyone import gathered, several
+from opendit.everyone import carrier, gathered, several
 from opendit.pieces import piece_of
 
 
@@ -55,7 +55,7 @@ class Part:
 class ShardedEma:
     """All averages of one model, over the parameters that need gradients now.
 
-    Raises `ValueError` where a parameter's part is no range of its elements (see `piece_of`).
+    Raises `ValueError` where a parameter's part is no range of its elements (see `piece_of`), or has no values yet.
     """
 
     def __init__(self, model: nn.Module, description: EMA) -> None:
@@ -63,6 +63,12 @@ class ShardedEma:
         self.description, self.profiles = description, description.profiles()
         self.steps = 0
         self.parts = [_part(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for part in self.parts:
+            if part.parameter.is_meta:
+                raise ValueError(
+                    f"model: its parameter {part.name!r} is on the meta device, and an EMA starts at the parameters' "
+                    "values; accelerate without an optimizer, and call opendit.attach(model, optimizer) then"
+                )
         self.values = {label: _copies([part.here() for part in self.parts]) for label in self.profiles}
         self.snapshots: list[int] = []
 
@@ -71,6 +77,7 @@ class ShardedEma:
         """The update of a step that was taken, or, with `found` on the parameters' device, only where that is 0."""
         self.steps += 1
         now = [part.here().float() for part in self.parts]
+        self._move(now)
         for label, profile in self.profiles.items():
             weight = profile.weight(self.steps)
             values: Any = self.values[label]
@@ -79,6 +86,12 @@ class ShardedEma:
                 continue
             masked = {d: (weight * (1 - found)).to(d) for d in {v.device for v in values}}
             torch._foreach_lerp_(values, now, [masked[v.device] for v in values])
+
+    def _move(self, now: list[Tensor]) -> None:
+        """The averages go where the parameters went since."""
+        for label, values in self.values.items():
+            if any(v.device != n.device for v, n in zip(values, now, strict=True)):
+                self.values[label] = _copies([v.to(n.device) for v, n in zip(values, now, strict=True)])
 
     def retract(self) -> None:
         """The last update's `found` was 1."""
@@ -168,7 +181,7 @@ def _cut(memory: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
 def _gather_into(whole: Tensor, value: Tensor) -> None:
     """`whole` [n] from every process's chunk of it."""
     chunk = -(-whole.numel() // dist.get_world_size())
-    padded = torch.zeros(chunk, dtype=whole.dtype, device=whole.device)
+    padded = torch.zeros(chunk, dtype=whole.dtype, device=carrier(whole.device))
     padded[: value.numel()] = value
     chunks = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(chunks, padded)

@@ -1,8 +1,8 @@
 """What happens inside `optimizer.step()`: gradients are checked, all processes skip or none, averages follow.
 
-    found     is any gradient, on any process, inf or NaN?  one max over |g|, one all-reduce of one number
-    found     step, averages, counters and schedule stay;  fp16's loss scale falls;  after N in a row an error
-    not       the optimizer's own step, then the averages' update
+    look         is any gradient, on any process, inf or NaN?  opendit/nonfinite.py
+    found        step, averages and schedule stay;  fp16's loss scale falls;  after N in a row an error
+    not found    the optimizer's own step, then the averages' update
 
 An optimizer that can be told `found` on the device (torch's fused ones) is told there, and the averages' update is
 masked by it, so that nobody waits; what came of the step is read when it is next needed. Others wait for one number.
@@ -17,16 +17,15 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opendit import nonfinite
 from opendit.ema_profiles import EMA
-from opendit.everyone import gathered, several
 from opendit.sharded_ema import ShardedEma
 
 logger = logging.getLogger("opendit")
@@ -51,36 +50,11 @@ class Stepping:
         return self.limit is not None or self.ema is not None
 
 
-@dataclass
-class _Pending:
-    """What a step came to, on its way from the device."""
-
-    found: Tensor
-    event: Any
-
-    @classmethod
-    def of(cls, found: Tensor) -> _Pending:
-        if found.device.type != "cuda":
-            return cls(found, None)
-        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        host.copy_(found, non_blocking=True)
-        event: Any = cast(Any, torch.cuda).Event()
-        event.record(torch.cuda.current_stream(found.device))
-        return cls(host, event)
-
-    def read(self) -> bool:
-        if self.event is not None:
-            self.event.synchronize()
-        return bool(self.found)
-
-
 class Stepper:
     """The step of one optimizer on one model."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
         self.limit = wanted.limit
-        this = weakref.ref(self)
-        self.scale = _loss_scale(model, lambda: _settle(this())) if wanted.precision == "fp16" else None
         self.ema = ShardedEma(model, wanted.ema) if wanted.ema is not None else None
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.taken = self.skipped = self.in_a_row = 0
@@ -88,8 +62,10 @@ class Stepper:
         self.swapped = False  # the averages stand in for the parameters
         self.schedulers: WeakSet[Any] = WeakSet()
         self.optimizer = weakref.ref(optimizer)
-        self._pending: _Pending | None = None
-        self._norms: tuple[list[str], Tensor] | None = None
+        self._pending: nonfinite.Pending | None = None
+        self._seen = nonfinite.Seen([], None)
+        this = weakref.ref(self)  # last: it leaves hooks on the parameters
+        self.scale = _loss_scale(model, lambda: _settle(this())) if wanted.precision == "fp16" else None
 
     def step(self, optimizer: Optimizer, own: Callable[[], Any], closure: Callable[[], Any] | None) -> Any:
         """`own()` is the optimizer's own step, without a closure."""
@@ -111,7 +87,7 @@ class Stepper:
         elif _takes_found(optimizer):
             _told(optimizer, found, own)
             self._follow(found)
-            self._pending = _Pending.of(found)
+            self._pending = nonfinite.Pending.of(found)
             if self.ema is not None and self.ema.snapshot_due():
                 self.settle()
         else:
@@ -170,8 +146,8 @@ class Stepper:
         if skipped and self.limit is not None and self.in_a_row >= self.limit:
             raise NonFiniteGradients(
                 f"{self.in_a_row} steps in a row had gradients that were inf or NaN, and were skipped; {self.taken} "
-                f"were taken before. Worst now: {self._worst()}. Parameters and averages are as after the last good "
-                "step: look at the data, the learning rate and the loss, or allow more with skip_nonfinite"
+                f"were taken before. Worst now: {self._seen.worst()}. Parameters and averages are as after the last "
+                "good step: look at the data, the learning rate and the loss, or allow more with skip_nonfinite"
             )
 
     def _tell(self) -> None:
@@ -188,58 +164,21 @@ class Stepper:
     def _check_known(self, optimizer: Optimizer) -> None:
         """fp16: a parameter whose gradient nobody scales back must not be stepped with."""
         if self.scale is not None:
-            for p in _parameters(optimizer):
+            for p in nonfinite.parameters(optimizer):
                 if id(p) in self.names and p.grad is not None and id(p) not in self.scale.known:
                     raise RuntimeError(
                         f"optimizer: {self.names[id(p)]!r} was frozen when precision='fp16' was set up, so its "
                         "gradient is scaled; call opendit.attach(model, optimizer) after freezing and unfreezing"
                     )
 
-    @torch.no_grad()
     def _found(self, optimizer: Optimizer) -> Tensor | None:
         """1 where a gradient on any process is inf or NaN, else 0; None where nobody asks."""
         given = getattr(optimizer, "found_inf", None)  # from torch.amp.GradScaler, for this step
         given = (given != 0).float().reshape(()) if given is not None else None
         if self.limit is None:
             return given
-        names: list[str] = []
-        local: list[Tensor] = []
-        first = None
-        for i, p in enumerate(_parameters(optimizer)):
-            first = p if first is None else first
-            if p.grad is not None:
-                gradient: Any = p.grad
-                gradient = gradient.to_local() if hasattr(gradient, "device_mesh") else gradient
-                gradient = gradient._values() if gradient.is_sparse else gradient
-                if gradient.numel():
-                    local.append(gradient)
-                    names.append(self.names.get(id(p), f"parameter {i} of the optimizer"))
-        assert first is not None
-        device = local[0].device if local else first.device
-        found = torch.zeros((), device=device)
-        self._norms = None
-        if local:
-            norms = torch.stack([n.to(device) for n in torch._foreach_norm(local, float("inf"))])
-            self._norms = names, norms
-            found = (~norms.isfinite().all()).float()
-        if given is not None:
-            found = torch.maximum(found, given.to(device))
-        if several():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        found, self._seen = nonfinite.look(optimizer, self.names, given)
         return found
-
-    def _worst(self) -> str:
-        """Which parameters have such gradients, on which processes. Every process asks."""
-        mine: list[str] = []
-        if self._norms is not None:
-            names, norms = self._norms
-            mine = [name for name, n in zip(names, norms.tolist(), strict=True) if n != n or n == float("inf")]
-        rows = []
-        for rank, found in enumerate(gathered((len(mine), mine[:5]))):
-            if found[0]:
-                where = f" on process {rank}" if several() else ""
-                rows.append(f"{', '.join(found[1])}{f' and {found[0] - 5} more' if found[0] > 5 else ''}{where}")
-        return "; ".join(rows) or "none in what this optimizer holds"
 
 
 def _loss_scale(model: nn.Module, settle: Callable[[], None]) -> Any:
@@ -253,16 +192,12 @@ def _settle(stepper: Stepper | None) -> None:
         stepper.settle()
 
 
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _takes_found(optimizer: Optimizer) -> bool:
     """Whether its step reads `found_inf`, as torch's fused optimizers do, and begins no state, which they do anyhow."""
     return (
         bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         and all(group.get("fused") for group in optimizer.param_groups)
-        and all(optimizer.state.get(p) for p in _parameters(optimizer) if p.grad is not None)
+        and all(optimizer.state.get(p) for p in nonfinite.parameters(optimizer) if p.grad is not None)
     )
 
 

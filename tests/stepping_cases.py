@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import opendit
-from opendit import ema, loss_scale, sharded_ema, stepping
+from opendit import ema, loss_scale, nonfinite, sharded_ema, stepping
 from tests.comparing import build
 from tests.tiny_models import TINY
 
@@ -29,6 +31,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
 }
+STEPPED = [
+    ("alone", "adamw"),
+    ("alone", "fused"),
+    ("alone", "sgd"),
+    ("ddp", "adamw"),
+    ("sharded", "adamw"),
+    ("sharded", "fused"),
+]
 _DIT = TINY[0]
 
 
@@ -42,13 +52,13 @@ def cases(world: int) -> dict[str, Any]:
             "overflow/hybrid": functools.partial(overflow_on_one, "hybrid"),
         }
     found: dict[str, Any] = {}
+    for kind, name in STEPPED:
+        found[f"skip/{kind}/{name}"] = functools.partial(skips_together, kind, name)
     for kind in KINDS:
-        for name in OPTIMIZERS if kind != "ddp" else ("adamw",):
-            found[f"skip/{kind}/{name}"] = functools.partial(skips_together, kind, name)
         found[f"overflow/{kind}"] = functools.partial(overflow_on_one, kind)
         found[f"gradients/{kind}"] = functools.partial(gradients, kind, world)
         found[f"ema/{kind}"] = functools.partial(averages, kind, world)
-    for case in (stop, snapshots, gathered_shards, apart):
+    for case in (stop, snapshots, gathered_shards, apart, let_go):
         found[case.__name__] = case
     for name, mutant in MUTANTS.items():
         found[f"mutant/{name}"] = functools.partial(mutated, *mutant)
@@ -346,6 +356,22 @@ def gathered_shards() -> list[str]:
     return wrong
 
 
+def let_go() -> list[bool]:
+    """Whether a model is gone once its user lets go of it, sharded as well."""
+    gone = []
+    for kind in ("alone", "sharded"):
+        model, stepped = made(kind, {"precision": "fp16", "ema": 0.5})
+        scheduler = opendit.schedule(torch.optim.lr_scheduler.StepLR(stepped, 1))
+        loss_of(model, 0).backward()
+        stepped.step()
+        scheduler.step()
+        watched = weakref.ref(model)
+        del model, stepped, scheduler
+        gc.collect()
+        gone.append(watched() is None)
+    return gone
+
+
 def apart() -> str:
     """Processes that train models of their own have no common EMA."""
     model, stepped = made("alone", {"ema": 0.5})
@@ -402,9 +428,8 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Any, str, Any]] = {
         "update",
         _careless,
     ),
-    "one shard stale, ddp": (functools.partial(averages, "ddp", 2), sharded_ema.ShardedEma, "update", _stale),
-    "one shard stale, sharded": (functools.partial(averages, "sharded", 2), sharded_ema.ShardedEma, "update", _stale),
-    "skip decided per process": (functools.partial(skips_together, "ddp", "adamw"), stepping, "dist", _NoReduce()),
+    "one shard stale": (functools.partial(averages, "sharded", 2), sharded_ema.ShardedEma, "update", _stale),
+    "skip decided per process": (functools.partial(skips_together, "ddp", "adamw"), nonfinite, "dist", _NoReduce()),
     "schedule goes on": (
         functools.partial(skips_together, "ddp", "adamw"),
         stepping.Stepper,

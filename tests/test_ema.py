@@ -164,6 +164,22 @@ def test_what_a_checkpoint_needs_goes_on_exactly():
         ema.load_description(other, {**said, "averages": ["0.5"]})
 
 
+@pytest.mark.gpu
+def test_averages_follow_parameters_to_another_device():
+    model = nn.Linear(2, 2)
+    averages = ShardedEma(model, opendit.EMA(decays=0.5))
+    before = averages.values["0.5"][0].clone()
+    model.cuda()
+    averages.update()
+    assert averages.values["0.5"][0].is_cuda
+    assert torch.allclose(averages.values["0.5"][0].cpu(), before)
+
+
+def test_parameters_without_values_are_refused():
+    with pytest.raises(ValueError, match=r"'weight' is on the meta device.*opendit.attach"):
+        ShardedEma(nn.Linear(2, 2, device="meta"), opendit.EMA(decays=0.5))
+
+
 def test_misuse_is_said():
     model, optimizer = trained({"ema": (0.9, 0.99)})
     with pytest.raises(ValueError, match=r"decay: got 0.999; allowed: 0.9, 0.99"), opendit.ema_weights(model, 0.999):

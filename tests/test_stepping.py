@@ -16,17 +16,14 @@ import opendit
 from opendit import ema, stepping
 from tests.comparing import build
 from tests.launch import of_every_rank
-from tests.stepping_cases import KINDS, MUTANTS, OPTIMIZERS, changed, everything, loss_of, made, samples
+from tests.stepping_cases import MUTANTS, OPTIMIZERS, STEPPED, changed, everything, loss_of, made, samples
 from tests.tiny_models import TINY
 
 CASES = "tests.stepping_cases"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("kind", "optimizer"), STEPPED)
 def test_one_process_has_a_nan_and_all_skip(kind, optimizer):
-    if kind == "ddp" and optimizer != "adamw":
-        pytest.skip("DDP leaves optimizers alone")
     assert of_every_rank(CASES, 2, f"skip/{kind}/{optimizer}") == [[], []]
 
 
@@ -45,6 +42,10 @@ def test_all_stop_after_several_in_a_row_and_name_the_parameter():
     for said in of_every_rank(CASES, 2, "stop"):
         assert said.startswith("2: 3 steps in a row had gradients that were inf or NaN")
         assert "Worst now: blocks.1.mlp.fc1.weight on process 1." in said
+
+
+def test_models_are_let_go_of():
+    assert of_every_rank(CASES, 2, "let_go") == [[True, True]] * 2
 
 
 def spoil(model: nn.Module) -> None:
