@@ -53,6 +53,10 @@ class GaussianDiffusion(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
+    def times(self, uniform: Tensor) -> Tensor:
+        """Timesteps from numbers of [0, 1)."""
+        return (uniform * self.steps).long()
+
     def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
         return per_sample(self.get_buffer(table)[t], like)
 
@@ -85,7 +89,7 @@ class GaussianDiffusion(nn.Module):
     def loss(
         self, model: nn.Module, x0: Tensor, cond: Condition, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        t = torch.randint(self.steps, (len(x0),), device=x0.device) if t is None else t
+        t = self.times(torch.rand(len(x0), device=x0.device)) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         mse, bits = self.terms(model, x0, cond, t, noise)
         return (self.weight(t) * mse + bits).mean()

@@ -204,7 +204,7 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_heads = num_heads
-        self.num_classes = num_classes
+        self.num_classes, self.text_dim = num_classes, text_dim
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)

@@ -64,6 +64,7 @@ class Latte(nn.Module):
         self.in_channels, self.learn_sigma = in_channels, learn_sigma
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.extras, self.class_dropout_prob = num_classes, extras, class_dropout_prob
+        self.text_dim = text_dim if extras == 78 else None
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)

@@ -104,7 +104,7 @@ class PixArt(nn.Module):
     ):
         super().__init__()
         self.input_size, self.patch_size = input_size, patch_size
-        self.in_channels, self.learn_sigma = in_channels, learn_sigma
+        self.in_channels, self.learn_sigma, self.text_dim = in_channels, learn_sigma, text_dim
         self.out_channels = in_channels * (2 if learn_sigma else 1)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)

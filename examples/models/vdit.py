@@ -63,7 +63,7 @@ class VDiT(nn.Module):
         self.patch_size, self.frame_patch = patch_size, frame_patch
         self.in_channels, self.learn_sigma = in_channels, learn_sigma
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.num_classes = num_classes
+        self.num_classes, self.text_dim = num_classes, text_dim
 
         self.x_embedder = PatchEmbed3d((frame_patch, patch_size, patch_size), in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
