@@ -119,6 +119,7 @@ def model_config(args: Any, data: Any, encoder: Encoder, learn_sigma: bool, size
         "input_size": side,
         "in_channels": channels,
         "learn_sigma": learn_sigma,
+        "class_dropout_prob": args.label_drop,
     }
     if len(shape) == 4:
         model["num_frames"] = frames

@@ -142,6 +142,7 @@ def add_train_options(parser: OneLineParser, kind: str) -> None:
     add("--epochs", type=positive_int, help="instead of --steps")
     add("--batch_size", type=positive_int, default=64, help="per data-parallel process and micro-batch")
     add("--accum", type=positive_int, default=1, help="micro-batches per optimizer step")
+    add("--label_drop", type=share, default=0.1, help="share of conditions that become the null, for guidance")
     add("--lr", type=positive_float, default=2e-3)
     add("--warmup", type=positive_int, default=50, help="steps until the learning rate is reached")
     add("--schedule", default="constant", choices=["constant", "cosine", "linear"], help="after the warm-up")
@@ -214,8 +215,9 @@ def check_train_options(parser: OneLineParser, args: argparse.Namespace) -> None
         refuse("--sampler", f"{args.sampler} is none for {args.objective}: {', '.join(SAMPLERS[args.objective])}")
     if args.objective != "flow" and (args.sample_steps or 0) > 1000:
         refuse("--sample_steps", f"the {args.objective} objective has 1000 steps")
-    takes_text = args.model.startswith("PixArt")
-    if takes_text and not args.text_encoder:
+    if args.label_drop == 0 and args.cfg_scale != 1:
+        refuse("--label_drop", "0 leaves nothing to guide by; take --cfg_scale 1 with it")
+    if args.model.startswith("PixArt") and not args.text_encoder:
         refuse("--model", f"{args.model} reads texts; name a --text_encoder ('words' needs no download)")
     if args.text_encoder and args.num_classes:
         refuse("--num_classes", "contradicts --text_encoder: the model is conditioned on one of them")
