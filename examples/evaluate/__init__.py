@@ -1,0 +1,1 @@
+"""Scores of generated images and clips: what is measured, with which network, and against what."""
