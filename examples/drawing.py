@@ -6,11 +6,15 @@ A sample is decided by the seed and its number, in whatever batch, on whichever 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import opendit
 from examples.common import Process, autocast
@@ -56,7 +60,7 @@ class Drawing:
         self.guided_channels = 3 if config.get("published") == "DiT" else None
         self.null = None
         if reads_texts:
-            prompts = [prompt for prompt in args.prompts for _ in range(args.per_class)]
+            self.prompts = prompts = [prompt for prompt in args.prompts for _ in range(args.per_class)]
             self.cond = self.encoder.captions(prompts)
             if args.negative_prompt is not None:
                 self.null = self.encoder.captions([args.negative_prompt] * len(prompts))
@@ -69,20 +73,47 @@ class Drawing:
         self.total = len(next(iter(self.cond.values())))
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Samples in pixels and as the model made them, whole on every process, each process having drawn its share."""
+        """Samples in pixels and as the model made them, all of them on every process."""
+        ranks = opendit.data_parallel_size(self.model)
+        mine = torch.cat([torch.empty(0, *self.model.sample_shape, device=self.device), *(x for _, x in self._shares())])
+        if ranks > 1:
+            mine = _of_all(mine, -(-self.total // ranks), self.total, ranks, self.process.world // ranks)
+        return self.encoder.pixels(mine), mine
+
+    def files(self, folder: Path, write: Callable[[Path, Tensor], None], suffix: str, classes: list[str]) -> None:
+        """One file per sample, each written by the process that draws it, and captions.jsonl, as `examples.data` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        sharing = self.process.world // opendit.data_parallel_size(self.model)
+        bar = tqdm(total=self.total, desc="draw", disable=not self.process.is_main)
+        for start, latents in self._shares():
+            pixels = self.encoder.pixels(latents).cpu()
+            if not pixels.isfinite().all():
+                raise FloatingPointError("samples are not finite; try a lower --cfg_scale")
+            if self.process.rank % sharing == 0:  # processes that share a sequence have the same samples
+                for i, one in enumerate(pixels):
+                    write(folder / f"{start + i:06d}{suffix}", one)
+            bar.update(len(pixels) * opendit.data_parallel_size(self.model))
+        bar.close()
+        if self.process.is_main:
+            with (folder / "captions.jsonl").open("w") as lines:
+                for i in range(self.total):
+                    lines.write(json.dumps({"file": f"{i:06d}{suffix}", **self._said(i, classes)}) + "\n")
+
+    def _said(self, i: int, classes: list[str]) -> dict[str, str]:
+        if self.null is not None or self.encoder.text_name is not None:
+            return {"caption": self.prompts[i]}
+        label = self.labels[i]
+        return {"class": classes[label] if label < len(classes) else str(label)}
+
+    def _shares(self) -> Iterator[tuple[int, Tensor]]:
+        """This process's part of the samples, batch by batch: the first one's number, and the batch."""
         rank, ranks = opendit.data_parallel_rank(self.model), opendit.data_parallel_size(self.model)
         share = -(-self.total // ranks)
         first, last = min(self.total, rank * share), min(self.total, (rank + 1) * share)
         precision = precision_of(self.args, self.device.type == "cuda")
         with autocast(self.device, precision if self.args.no_accelerate else "fp32"):
-            latents = [torch.empty(0, *self.model.sample_shape, device=self.device)]
             for start in range(first, last, self.args.batch_size):
-                stop = min(last, start + self.args.batch_size)
-                latents.append(self._part(start, stop))
-        mine = torch.cat(latents)
-        if ranks > 1:
-            mine = _of_all(mine, share, self.total, ranks, self.process.world // ranks)
-        return self.encoder.pixels(mine), mine
+                yield start, self._part(start, min(last, start + self.args.batch_size))
 
     def _part(self, start: int, stop: int) -> Tensor:
         return sample(

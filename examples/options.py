@@ -333,6 +333,7 @@ def add_sample_options(parser: OneLineParser, kind: str) -> None:
     add("--steps", "--num_sampling_steps", type=positive_int, help="default: flow 10, others 50")
     add("--vae", help="that decodes latents: a diffusers name or a folder (default: the one it was trained with)")
     add("--text_encoder", help="default: the one it was trained with")
+    add("--out_dir", type=named_path, help="a file per sample and captions.jsonl, for eval.sh, instead of one picture")
     add_device_options(parser)
     add_opendit_options(parser)
 

@@ -46,6 +46,12 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     Image.fromarray(grid_of(images, columns).numpy()).save(path)
 
 
+def save_image(path: Path, image: Tensor) -> None:
+    """`image` [C, I, I] in [−1, 1] as it is."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    Image.fromarray(pixels.expand(-1, -1, 3).numpy() if len(image) == 1 else pixels[..., :3].numpy()).save(path)
+
+
 def save_loss_curve(path: Path, losses: list[float], first: int = 0) -> None:
     """`first`: how many steps came before, in the run that this one went on from."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

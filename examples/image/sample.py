@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
 from safetensors.torch import save_file
 
 import opendit
-from examples.common import OneLineParser, check_writable, named_path, start_process, stop_process
+from examples.common import OneLineParser, check_writable, named_path, start_process, stop_if_any, stop_process
 from examples.drawing import Drawing
-from examples.image.report import save_grid
+from examples.image.report import save_grid, save_image
 from examples.models.checkpoint import load_checkpoint
 from examples.options import add_sample_options, adder, check_sample_options, parse, sample_config
 
@@ -54,12 +54,26 @@ def main() -> None:
         drawing = Drawing(args, model, config, process)
         shows_latents = not drawing.on_pixels and drawing.encoder.vae_name is None
         latents_path = args.out.with_suffix(".safetensors")
-        for path in [args.out, latents_path] if shows_latents else [args.out]:
+        if args.out_dir and shows_latents:
+            raise ValueError("--out_dir: the checkpoint makes latents; name a --vae that decodes them")
+        written = [args.out_dir / "captions.jsonl"] if args.out_dir else [args.out, latents_path][: 1 + shows_latents]
+        for path in written:
             check_writable(path)
 
     if args.explain and process.is_main:
         opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
     start = time.perf_counter()
+    if args.out_dir:
+        problem = ""
+        try:
+            drawing.files(args.out_dir, save_image, ".png", config.get("classes", []))
+        except FloatingPointError as error:
+            problem = str(error)
+        stop_if_any(problem)
+        stop_process()
+        if process.is_main:
+            print(f"wrote {drawing.total} images to {args.out_dir}")
+        return
     images, latents = (x.cpu() for x in drawing.draw())
     seconds = time.perf_counter() - start
     stop_process()

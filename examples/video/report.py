@@ -16,12 +16,21 @@ FORMATS = {".gif", ".mp4"}
 
 def save_clips(path: Path, clips: Tensor, columns: int, fps: int = 8) -> None:
     """`clips` [N, F, C, I, I] in [−1, 1], side by side in rows of `columns`, all playing at once."""
-    frames = [grid_of(clips[:, i], columns).numpy() for i in range(clips.shape[1])]
+    _write(path, torch.stack([grid_of(clips[:, i], columns) for i in range(clips.shape[1])]), fps)
+
+
+def save_frames(path: Path, clip: Tensor, fps: int = 8) -> None:
+    """One clip [F, C, I, I] in [−1, 1] as it is."""
+    frames = ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    _write(path, frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames[..., :3], fps)
+
+
+def _write(path: Path, frames_FHW3: Tensor, fps: int) -> None:
     if path.suffix.lower() == ".gif":
-        images = [Image.fromarray(frame) for frame in frames]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+        first, *rest = [Image.fromarray(frame.contiguous().numpy()) for frame in frames_FHW3]
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     else:
-        write_mp4(path, torch.stack([torch.from_numpy(frame) for frame in frames]), fps)
+        write_mp4(path, frames_FHW3, fps)
 
 
 def write_mp4(path: Path, frames_FHW3: Tensor, fps: int) -> None:

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in image/train.py
 
 import opendit
-from examples.common import OneLineParser, check_writable, named_path, positive_int, start_process, stop_process
+from examples.common import OneLineParser, check_writable, named_path, positive_int, start_process, stop_if_any, stop_process
 from examples.drawing import Drawing
 from examples.models.checkpoint import load_checkpoint
 from examples.options import add_sample_options, adder, check_sample_options, parse, sample_config
-from examples.video.report import FORMATS, save_clips
+from examples.video.report import FORMATS, save_clips, save_frames
 
 
 def clip_path(text: str) -> Path:
@@ -49,11 +49,22 @@ def main() -> None:
                 model, booster, sp_size=args.sequence_parallel_size
             )
         drawing = Drawing(args, model, config, process)
-        check_writable(args.out)
+        check_writable(args.out_dir / "captions.jsonl" if args.out_dir else args.out)
 
     if args.explain and process.is_main:
         opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
     start = time.perf_counter()
+    if args.out_dir:
+        problem = ""
+        try:
+            drawing.files(args.out_dir, lambda path, clip: save_frames(path, clip, args.fps), ".gif", config.get("classes", []))
+        except FloatingPointError as error:
+            problem = str(error)
+        stop_if_any(problem)
+        stop_process()
+        if process.is_main:
+            print(f"wrote {drawing.total} clips to {args.out_dir}")
+        return
     clips, _ = (x.cpu() for x in drawing.draw())
     seconds = time.perf_counter() - start
     stop_process()

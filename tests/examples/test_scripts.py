@@ -39,6 +39,18 @@ def call(monkeypatch):
     return call_main
 
 
+def test_samples_as_files_are_data_again_whatever_the_batch(trained, tmp_path, call):
+    from examples.data import open_data
+
+    options = ["--checkpoint", trained, "--classes", 3, 5, "--per_class", 2, "--steps", 2, "--device", "cpu"]
+    call("sample.py", *options, "--out_dir", tmp_path / "a")
+    call("sample.py", *options, "--out_dir", tmp_path / "b", "--batch_size", 3)
+    data, other = (open_data(tmp_path / name, image_size=8) for name in "ab")
+    assert [data.classes[data[i]["label"]] for i in range(4)] == ["three", "three", "five", "five"]
+    for i in range(4):
+        assert (data[i]["pixels"] - other[i]["pixels"]).abs().max() <= 2 / 255
+
+
 def make_folder(root: Path, per_class: int = 6) -> Path:
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -464,6 +476,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, call, flags
 def test_a_run_that_was_never_saved_starts_from_the_beginning_with_latest(tmp_path, call):
     call("train.py", *QUICK, "--outputs", tmp_path, "--load", "latest")
     assert json.loads((tmp_path / "digits-flow/metrics.json").read_text())["steps"] == 3
+
+
+def test_training_from_latents_is_training_from_pixels_to_the_bit(tmp_path, call):
+    """A real VAE and a text encoder, tiny: encoded at every step, or once by preprocess.py."""
+    from tests.examples.making import captioned_folder, tiny_text_encoder, tiny_vae
+
+    data = captioned_folder(tmp_path / "data", 9)
+    tiny_vae(tmp_path / "vae")
+    tiny_text_encoder(tmp_path / "text", "t5")
+    networks = ["--vae", tmp_path / "vae", "--text_encoder", tmp_path / "text"]
+    made = ["--data_path", data, "--out", tmp_path / "latents", "--image_size", 16, "--device", "cpu"]
+    call("preprocess.py", *made, *networks)
+    options = [*QUICK, "--model", "PixArt-Digits/2", "--image_size", 16, "--no_flip", *networks, "--outputs", tmp_path]
+    for name, path in (("pixels", data), ("latents", tmp_path / "latents")):
+        call("train.py", *options, "--data_path", path, "--name", f"from-{name}")
+    first, second = (load_file(tmp_path / f"from-{name}" / "model.safetensors") for name in ("pixels", "latents"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    draw = ["--checkpoint", tmp_path / "from-latents", "--prompts", "a red cat", "--per_class", 2, "--steps", 2]
+    call("sample.py", *draw, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (100, 50)
 
 
 @pytest.mark.parametrize("model", ["PixArt-Digits/2", "DiT-Digits/2"])

@@ -112,6 +112,15 @@ def test_a_clip_that_is_too_short_is_named_and_skipped(tmp_path, clips, call, ca
     assert "1 files could not be read" in capsys.readouterr().out
 
 
+def test_samples_as_files_are_data_again(tmp_path, clips, call):
+    from examples.data import open_data
+
+    call("train.py", *TINY, "--steps", 1, "--data_path", clips / "all", "--outputs", tmp_path, "--name", "v")
+    call("sample.py", "--checkpoint", tmp_path / "v", "--steps", 2, "--device", "cpu", "--out_dir", tmp_path / "drawn")
+    data = open_data(tmp_path / "drawn", image_size=8, num_frames=4)
+    assert [data.classes[data[i]["label"]] for i in range(2)] == ["down", "left"]
+
+
 def test_samples_as_mp4(tmp_path):
     import av
 
