@@ -75,13 +75,15 @@ class Drawing:
     def draw(self) -> tuple[Tensor, Tensor]:
         """Samples in pixels and as the model made them, all of them on every process."""
         ranks = opendit.data_parallel_size(self.model)
-        mine = torch.cat([torch.empty(0, *self.model.sample_shape, device=self.device), *(x for _, x in self._shares())])
+        mine = torch.cat(
+            [torch.empty(0, *self.model.sample_shape, device=self.device), *(x for _, x in self._shares())]
+        )
         if ranks > 1:
             mine = _of_all(mine, -(-self.total // ranks), self.total, ranks, self.process.world // ranks)
         return self.encoder.pixels(mine), mine
 
     def files(self, folder: Path, write: Callable[[Path, Tensor], None], suffix: str, classes: list[str]) -> None:
-        """One file per sample, each written by the process that draws it, and captions.jsonl, as `examples.data` reads."""
+        """A file per sample, written by the process that draws it, and captions.jsonl: what `examples.data` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         sharing = self.process.world // opendit.data_parallel_size(self.model)
         bar = tqdm(total=self.total, desc="draw", disable=not self.process.is_main)

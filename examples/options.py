@@ -54,7 +54,7 @@ def add_opendit_options(parser: OneLineParser) -> None:
     add("--sequence_parallel_size", type=positive_int, default=1, help="processes that share a sequence")
     add("--sequence_parallel_type", choices=METHODS, help="how they share it (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="opendit's torch.compile of each block (default: on GPUs when sampling; training replays CUDA graphs)")  # fmt: skip
+        help="opendit's torch.compile of each block (default: for sampling on GPUs; training has CUDA graphs)")  # fmt: skip
     add("--no_accelerate", action="store_true", help="leave opendit out: plain PyTorch, not compiled")
     add("--explain", action="store_true", help="print what opendit changed in the model, and why")
 
@@ -121,7 +121,9 @@ def add_train_options(parser: OneLineParser, kind: str) -> None:
             help="'digits', or a folder with a sub-folder per class, shards, …: see README.md")  # fmt: skip
     add("--image_size", type=partial(positive_int, limit=4096), help="side in pixels (default: digits 8, others 64)")
     add("--no_flip", action="store_true", help="no random left-right flips")
-    add("--num_workers", "--workers", type=partial(whole_number, limit=1024), default=0, help="processes that load data")
+    add(
+        "--num_workers", "--workers", type=partial(whole_number, limit=1024), default=0, help="processes that load data"
+    )
     add("--val_fraction", type=share, default=0.0, help="share of the data that is held out for the validation loss")
     add("--vae", help="train on this VAE's latents: a diffusers name or a folder (default: pixels)")
     add("--text_encoder", help="condition on captions: a transformers name, a folder, or 'words' (no download)")
@@ -167,7 +169,11 @@ def add_train_options(parser: OneLineParser, kind: str) -> None:
     add("--sample_steps", type=positive_int, help="default: flow 10, others 50")
     add("--sample_prompts", nargs="+", metavar="TEXT", help="default: the first captions of the data")
     if not video:
-        add("--compare_steps", type=whole_number, help="steps of the speed table; 0: none (default: digits 10, others 0)")
+        add(
+            "--compare_steps",
+            type=whole_number,
+            help="steps of the speed table; 0: none (default: digits 10, others 0)",
+        )
     add("--outputs", type=named_path, default=Path("outputs"))
     add("--name", help="sub-folder of --outputs (default: DATA-OBJECTIVE)")
 
@@ -240,7 +246,9 @@ def check_opendit_options(parser: OneLineParser, args: argparse.Namespace) -> No
     if args.sequence_parallel_type and size == 1:
         parser.error("argument --sequence_parallel_type: needs a --sequence_parallel_size above 1")
     if world % size:
-        parser.error(f"argument --sequence_parallel_size: {size} does not divide the {world} processes that torchrun started")
+        parser.error(
+            f"argument --sequence_parallel_size: {size} does not divide the {world} processes that torchrun started"
+        )
     asked = {name: getattr(args, f"enable_{name}") for name in ("modulate_kernel", "layernorm_kernel", "flashattn")}
     if args.no_accelerate:
         for name, value in asked.items():
@@ -249,7 +257,9 @@ def check_opendit_options(parser: OneLineParser, args: argparse.Namespace) -> No
         if size > 1:
             parser.error("argument --sequence_parallel_size: is opendit's and contradicts --no_accelerate")
     if args.kernels != "auto" and (asked["modulate_kernel"], asked["layernorm_kernel"]) != ("auto", "auto"):
-        parser.error("argument --kernels: contradicts --enable_modulate_kernel and --enable_layernorm_kernel; leave one out")
+        parser.error(
+            "argument --kernels: contradicts --enable_modulate_kernel and --enable_layernorm_kernel; leave one out"
+        )
     if args.attention != "auto" and asked["flashattn"] != "auto":
         parser.error("argument --attention: contradicts --enable_flashattn; leave one of them out")
     if asked["layernorm_kernel"] == "on" and asked["modulate_kernel"] == "off":
@@ -270,7 +280,7 @@ def kernels_of(args: argparse.Namespace) -> str | dict[str, str]:
     off |= {*(NORMALISES if args.enable_layernorm_kernel == "off" else ())}
     on = {*(MODULATES if args.enable_modulate_kernel == "on" else ())}
     on |= {*(NORMALISES if args.enable_layernorm_kernel == "on" else ())}
-    return {name: "reference" for name in off} | {name: "triton" for name in on - off}
+    return dict.fromkeys(off, "reference") | dict.fromkeys(on - off, "triton")
 
 
 def attention_of(args: argparse.Namespace, on_gpu: bool) -> str:
@@ -286,7 +296,9 @@ def attention_of(args: argparse.Namespace, on_gpu: bool) -> str:
 def train_config(args: argparse.Namespace, on_gpu: bool, distributed: bool) -> opendit.BoosterConfig:
     """What opendit is asked for in training: its recipe "train" on GPUs, unless a flag says otherwise."""
     compile = bool(args.compile)
-    checkpointing = {"auto": "selective" if on_gpu else False, "off": False}.get(args.grad_checkpoint, args.grad_checkpoint)
+    checkpointing = {"auto": "selective" if on_gpu else False, "off": False}.get(
+        args.grad_checkpoint, args.grad_checkpoint
+    )
     plugin = ("ddp" if distributed else None) if args.plugin == "auto" else args.plugin
     return opendit.BoosterConfig(
         kernels=kernels_of(args),
@@ -320,11 +332,19 @@ def precision_of(args: argparse.Namespace, on_gpu: bool) -> str:
 
 def add_sample_options(parser: OneLineParser, kind: str) -> None:
     add = adder(parser)
-    add("--checkpoint", "--ckpt", type=Path, required=True, help="a folder written by train.py, a .safetensors or a .pt file")
+    add(
+        "--checkpoint",
+        "--ckpt",
+        type=Path,
+        required=True,
+        help="a folder written by train.py, a .safetensors or a .pt file",
+    )
     add("--classes", type=whole_number, nargs="+", help="class numbers, one row each (default: the first ten)")
     add("--prompts", nargs="+", metavar="TEXT", help="what to draw, one row each, by a model that reads texts")
     add("--negative_prompt", metavar="TEXT", help="what to be guided away from (default: the model's null)")
-    add("--per_class", "--per_prompt", type=partial(positive_int, limit=1_000_000), default=10 if kind == "image" else 1)
+    add(
+        "--per_class", "--per_prompt", type=partial(positive_int, limit=1_000_000), default=10 if kind == "image" else 1
+    )
     add("--batch_size", type=positive_int, default=64 if kind == "image" else 4, help="drawn at once, per process")
     add("--cfg_scale", type=positive_float, help="default: 2 for pixels, 4 for latents; 1: no guidance")
     add("--cfg_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),

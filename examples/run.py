@@ -19,9 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import opendit
-from examples.common import Ema, Process, autocast, mean_over_processes, stop_if_any
+from examples.common import Ema, Process, autocast, gather_lists, mean_over_processes, stop_if_any, stop_process
 from examples.diffusion import sample
-from examples.diffusion.conditions import count
 from examples.encoding import Batch, Encoder
 from examples.loading import collate, loader_for
 from examples.models.checkpoint import save_checkpoint
@@ -71,9 +70,7 @@ class Run:
         self.shown = self._shown()
         self.flops = 3 * forward_flops(config, self.shown)
         self.losses = torch.zeros(self.total - self.first, device=self.device)
-        self.watch = Watch(
-            self.folder, _plain(args), writes=process.is_main, resumed_at=self.first, wandb=args.wandb
-        )
+        self.watch = Watch(self.folder, _plain(args), writes=process.is_main, resumed_at=self.first, wandb=args.wandb)
 
     # --- the loop's parts ---
 
@@ -101,7 +98,7 @@ class Run:
             yield next(self.batches), context
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        """The objective of a batch. Timesteps and noise depend on the seed, the step and the samples, and nothing else."""
+        """The objective of a batch. Timesteps and noise depend on the seed, the step and the samples, nothing else."""
         seed, ids = self.args.global_seed, self.sampler.ids
         x0 = self.encoder.x0(batch, lambda shape: opendit.noise(shape, seed, POSTERIOR + step, ids, self.device))
         t = self.objective.times(opendit.uniform((), seed, step, ids, self.device))
@@ -109,7 +106,7 @@ class Run:
         with self._autocast():
             return self.objective.loss(self.net, x0, self.encoder.condition(batch), t=t, noise=noise)
 
-    def after(self, step: int, loss: Tensor, norm: Tensor, draw: Callable[[Path], Any]) -> bool:
+    def after(self, step: int, loss: Tensor, norm: Tensor, draw: Callable[[Run, Path], Any]) -> bool:
         """Logs, validates, draws and saves what is due after `step` (from 0); False where training has diverged."""
         if self.plain_ema is not None:
             self.plain_ema.update()
@@ -124,7 +121,7 @@ class Run:
         if self.held_out is not None and args.val_every and done % args.val_every == 0:
             self.watch.log(done, {"val_loss": self.validate()})
         if args.sample_every and done % args.sample_every == 0:
-            draw(self.folder / "samples" / f"step-{done:06d}")
+            draw(self, self.folder / "samples" / f"step-{done:06d}")
         if args.ckpt_every and (done % args.ckpt_every == 0 or done == self.total):
             self._save(done)
         return True
@@ -203,8 +200,8 @@ class Run:
         opendit.wait()  # for a checkpoint that is still being written
         if problem:
             self.watch.close()
-            stop_if_any(f"training diverged: {problem}; nothing was saved, try a lower --lr")
-        stop_if_any("")
+            problem = f"training diverged: {problem}; nothing was saved, try a lower --lr"
+        self.stop_if_any(problem)
         history, name = self.losses.tolist(), "averaged_loss" if self.held_out is None else "val_loss"
         self.watch.log(self.total, {name: loss})
         self.watch.close()
@@ -221,6 +218,18 @@ class Run:
             "loss_last_20": sum(history[-20:]) / max(1, len(history[-20:])),
             name: loss,
         }
+
+    # --- ends ---
+
+    def stop_if_any(self, problem: str) -> None:
+        """Where any process has a problem, ends all with exit code 1, and says it."""
+        if gather_lists([problem] if problem else []):
+            self.net = None  # see stop_process
+        stop_if_any(problem)
+
+    def stop(self) -> None:
+        self.net = None
+        stop_process()
 
     # --- inside ---
 
@@ -309,5 +318,3 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 def _plain(args: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-

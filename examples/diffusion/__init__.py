@@ -13,7 +13,6 @@ from examples.diffusion.sampling import SAMPLERS, guided, sample
 OBJECTIVES = {"flow": RectifiedFlow, "gaussian": GaussianDiffusion, "v": VelocityDiffusion}
 
 
-
 def objective_of(args: Any) -> nn.Module:
     """The objective that the training scripts' settings ask for."""
     if args.objective == "flow":

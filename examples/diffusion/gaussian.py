@@ -9,9 +9,9 @@
 
 ε is held fixed inside VB, which so trains v alone. Steps are counted 0 … T−1, as the model sees them.
 
-`VelocityDiffusion` predicts  √ā_t·noise − √(1 − ā_t)·x_0  instead (arXiv 2202.00512), without a variance. Min-SNR (arXiv
-2303.09556) weighs the squared error of each sample by min(SNR, γ)/SNR for ε and min(SNR, γ)/(SNR + 1) for the velocity,
-SNR = ā_t/(1 − ā_t): every prediction then has the weight min(SNR, γ) of an error in x_0.
+`VelocityDiffusion` predicts  √ā_t·noise − √(1 − ā_t)·x_0  instead (arXiv 2202.00512), without a variance.
+Min-SNR (arXiv 2303.09556) weighs each sample's squared error by min(SNR, γ)/SNR for ε and min(SNR, γ)/(SNR + 1) for the
+velocity, SNR = ā_t/(1 − ā_t): every prediction then has the weight min(SNR, γ) of an error in x_0.
 
 Shapes: x [B, C, I, I], or [B, F, C, I, I] for videos; channels are third from the end.
 """

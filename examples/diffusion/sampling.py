@@ -1,7 +1,7 @@
 """From noise to images and videos: classifier-free guidance, and the samplers of all objectives.
 
-A `Predict` maps (x [B, …, C, I, I], t, one float for the batch) to the model's output for the condition that it was made
-with. Noise enters as an argument or through one generator per sample, seeded by the run's seed and the sample's number:
+A `Predict` maps (x [B, …, C, I, I], t, one float for the batch) to the model's output for the condition that it was
+made with. Noise enters as an argument or through one generator per sample, seeded by the run's seed and the sample's number:
 a sample is the same on every device, in every batch, on any number of processes, as far as the model's arithmetic is.
 """
 
@@ -116,7 +116,7 @@ def ddim(predict: Predict, noise: Tensor, steps: int, *, clip: bool, predicts: s
 
 
 def dpm_solver(predict: Predict, noise: Tensor, steps: int, *, predicts: str = "epsilon") -> Tensor:
-    """DPM-Solver++ of second order (arXiv 2211.01095), deterministic given the noise; a learned variance is not used."""
+    """DPM-Solver++ of second order (arXiv 2211.01095): deterministic given the noise, without a learned variance."""
     scheduler = DPMSolverMultistepScheduler(prediction_type=predicts, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = noise

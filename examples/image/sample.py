@@ -38,7 +38,9 @@ def picture_path(text: str) -> Path:
 def main() -> None:
     parser = OneLineParser(prog="sample.py", description=__doc__.partition("\n\n")[0])
     add_sample_options(parser, "image")
-    adder(parser)("--out", type=picture_path, default=Path("samples.png"), help="a .png, .jpg, … (default: samples.png)")
+    adder(parser)(
+        "--out", type=picture_path, default=Path("samples.png"), help="a .png, .jpg, … (default: samples.png)"
+    )
     args = parse(parser)
     check_sample_options(parser, args)
 

@@ -1,8 +1,8 @@
 """Trains a diffusion transformer on images: `python examples/image/train.py`, the same with `torchrun`.
 
 Without arguments: the 8×8 handwritten digits that come with scikit-learn, minutes on two CPU cores. With a folder of
-images, one sub-folder per class: `--data_path FOLDER --model DiT-B/4 --image_size 64`. examples/README.md describes what
-it prints and what it leaves in outputs/<name>/.
+images, one sub-folder per class: `--data_path FOLDER --model DiT-B/4 --image_size 64`. examples/README.md describes
+what it prints and what it leaves in outputs/<name>/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import opendit
-from examples.common import OneLineParser, autocast, gather_lists, in_ddp, start_process, stop_if_any, stop_process
+from examples.common import OneLineParser, autocast, gather_lists, in_ddp, start_process
 from examples.diffusion import objective_of
 from examples.encoding import Encoder, model_config
 from examples.image.data import open_images
@@ -56,15 +56,10 @@ def main() -> None:
                 model, booster, optimizer=optimizer, sp_size=args.sequence_parallel_size
             )
         run = Run(args, process, config, model, net, optimizer, objective, encoder, data, held_out)
+        del net  # one owner, which drops it before the process group ends: see stop_process
 
     if args.explain and process.is_main:
         opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
-
-    def draw(path: Path) -> None:
-        images = run.draw(run.shown)
-        if process.is_main:
-            path.parent.mkdir(exist_ok=True)
-            save_grid(path.with_suffix(".png"), images, columns=5)
 
     for step in run.steps():
         total = torch.zeros((), device=device)
@@ -73,7 +68,7 @@ def main() -> None:
                 loss = run.loss(batch, step) / args.accum
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         run.schedule.step()
@@ -88,7 +83,7 @@ def main() -> None:
         metrics |= sample_and_judge(run, run.folder / "samples.png")
     except FloatingPointError as error:
         problem = str(error)
-    stop_if_any(problem)
+    run.stop_if_any(problem)
     if process.is_main:
         save_loss_curve(run.folder / "loss.png", run.losses.tolist(), first=run.first)
 
@@ -97,8 +92,15 @@ def main() -> None:
     if process.is_main:
         write_metrics(run.folder, metrics)
         print_summary(metrics, run.folder)
-    del run, net  # before the process group: see stop_process
-    stop_process()
+    run.stop()
+
+
+def draw(run: Run, path: Path) -> None:
+    """What the averaged weights draw for `run.shown`."""
+    images = run.draw(run.shown)
+    if run.process.is_main:
+        path.parent.mkdir(exist_ok=True)
+        save_grid(path.with_suffix(".png"), images, columns=5)
 
 
 def speed_table(args, run: Run, config: dict, booster: opendit.BoosterConfig) -> list[dict]:

@@ -68,7 +68,9 @@ def _read_ours(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(config[key], kind):
             raise ValueError(f"{beside}: {key!r} is {config[key]!r}, which is no {kind.__name__}")
     if config.setdefault("architecture", "DiT") not in ARCHITECTURES:
-        raise ValueError(f"{beside}: 'architecture' is {config['architecture']!r}; there are {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{beside}: 'architecture' is {config['architecture']!r}; there are {', '.join(ARCHITECTURES)}"
+        )
     if config["objective"] not in OBJECTIVES:
         raise ValueError(f"{beside}: 'objective' is {config['objective']!r}; there are {', '.join(OBJECTIVES)}")
     return state, config

@@ -86,7 +86,6 @@ class LabelEmbedder(nn.Module):
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
 
-
     def null(self, labels: Tensor) -> Tensor:
         """As many times "no label"."""
         if self.embedding_table.num_embeddings == self.num_classes:
@@ -275,7 +274,9 @@ def initialize(model: nn.Module) -> None:
         tables.insert(0, model.y_embedder.embedding_table)
     for table in tables:
         nn.init.normal_(table.weight, std=0.02)
-    zeroed = [part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer) if hasattr(part, "adaLN_modulation")]
+    zeroed = [
+        part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer) if hasattr(part, "adaLN_modulation")
+    ]
     for linear in [*zeroed, model.final_layer.linear]:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)

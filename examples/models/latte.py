@@ -3,11 +3,12 @@
     for pairs of blocks:  x [B·F, T, D] ← spatial(x, c);   x → [B·T, F, D];   x ← x + temp_embed (first pair only)
                           x [B·T, F, D] ← temporal(x, c);  x → [B·F, T, D]
 
-B batch, F frames, T = (I/P)² tokens of a frame, D hidden; videos are [B, F, C, I, I]. Block, head and condition are DiT's.
+B batch, F frames, T = (I/P)² tokens of a frame, D hidden; videos are [B, F, C, I, I]. Block, head and condition are as
+in DiT.
 
-Names, shapes and numbers follow the published checkpoints (Vchitect/Latte, `models/latte.py`). What conditions the model
-is `extras` there: 1 the timestep only, 2 a class too, 78 a text too, whose embedding (77·768 numbers in the published
-one, `text_dim` here) is mapped by `text_embedding_projection` and which the head is not given.
+Names, shapes and numbers follow the published checkpoints (Vchitect/Latte, `models/latte.py`). What conditions the
+model is `extras` there: 1 the timestep only, 2 a class too, 78 a text too, whose embedding (77·768 numbers in the
+published one, `text_dim` here) is mapped by `text_embedding_projection` and which the head is not given.
 """
 
 from __future__ import annotations

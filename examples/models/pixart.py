@@ -5,8 +5,8 @@
     x = x + cross_attention(x, text)
     x = x + gate_2 · mlp(LN(x)·(1 + scale_2) + shift_2)
 
-Shapes: B batch, L image tokens, S text tokens, E width of the text encoder, D hidden, H heads, K = D/H. The condition is
-y [B, S, E] with mask [B, S], true where there is text.
+Shapes: B batch, L image tokens, S text tokens, E width of the text encoder, D hidden, H heads, K = D/H. The condition
+is y [B, S, E] with mask [B, S], true where there is text.
 
 Names, shapes and numbers follow the published 256 px and 512 px checkpoints (PixArt-alpha/PixArt-alpha,
 `diffusion/model/nets/PixArt.py`). The null text is the buffer `y_embedder.y_embedding` of random rows that the model is

@@ -1,9 +1,10 @@
 """VDiT: a DiT whose tokens are patches of space and time, so that every one attends to every other.
 
-    x [B, F, C, I, I] → patches of Q frames by P×P pixels → L = (F/Q)·(I/P)² tokens + pos_embed → DiT's blocks → x's shape
+    x [B, F, C, I, I] → patches of Q frames by P×P pixels → L = (F/Q)·(I/P)² tokens + pos_embed → blocks → x's shape
 
 B batch, F frames, C channels, I image side. Block, head, condition and keys are DiT's (`dit.py`), except that
-`x_embedder.proj` is a convolution over time too, and pos_embed [1, L, D] is the sum of a position in space and one in time.
+`x_embedder.proj` is a convolution over time too, and pos_embed [1, L, D] the sum of a position in space and one in
+time.
 There are no published weights; the original VDiT is the model of the same name in OpenDiT 1.0.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from examples.models.dit import (
@@ -87,7 +87,9 @@ class VDiT(nn.Module):
         """O = Q·P·P·out_channels, in that order, becomes frames of out_channels."""
         Q, P, side = self.frame_patch, self.patch_size, self.input_size // self.patch_size
         x = x_BLO.reshape(len(x_BLO), self.num_frames // Q, side, side, Q, P, P, self.out_channels)
-        return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(len(x), *self.sample_shape[:1], self.out_channels, side * P, -1)
+        return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(
+            len(x), *self.sample_shape[:1], self.out_channels, side * P, -1
+        )
 
     def forward(self, x_BFCII: Tensor, t_B: Tensor, y: Tensor) -> Tensor:
         if tuple(x_BFCII.shape[1:]) != self.sample_shape:

@@ -16,7 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in image/train.py
 
 import opendit
-from examples.common import OneLineParser, check_writable, named_path, positive_int, start_process, stop_if_any, stop_process
+from examples.common import (
+    OneLineParser,
+    check_writable,
+    named_path,
+    positive_int,
+    start_process,
+    stop_if_any,
+    stop_process,
+)
 from examples.drawing import Drawing
 from examples.models.checkpoint import load_checkpoint
 from examples.options import add_sample_options, adder, check_sample_options, parse, sample_config
@@ -34,7 +42,12 @@ def main() -> None:
     parser = OneLineParser(prog="sample.py", description=__doc__.partition("\n\n")[0])
     add_sample_options(parser, "video")
     add = adder(parser)
-    add("--out", type=clip_path, default=Path("samples.gif"), help="a .gif, or an .mp4 where PyAV is (default: samples.gif)")
+    add(
+        "--out",
+        type=clip_path,
+        default=Path("samples.gif"),
+        help="a .gif, or an .mp4 where PyAV is (default: samples.gif)",
+    )
     add("--fps", type=positive_int, default=8)
     args = parse(parser)
     check_sample_options(parser, args)
@@ -57,7 +70,9 @@ def main() -> None:
     if args.out_dir:
         problem = ""
         try:
-            drawing.files(args.out_dir, lambda path, clip: save_frames(path, clip, args.fps), ".gif", config.get("classes", []))
+            drawing.files(
+                args.out_dir, lambda path, clip: save_frames(path, clip, args.fps), ".gif", config.get("classes", [])
+            )
         except FloatingPointError as error:
             problem = str(error)
         stop_if_any(problem)
@@ -78,7 +93,9 @@ def main() -> None:
     with parser.explain_mistakes():
         save_clips(args.out, clips, columns=max(args.per_class, min(5, len(clips))), fps=args.fps)
     how = f"{drawing.sampler} {drawing.steps} steps"
-    print(f"wrote {args.out}: {len(clips)} clips of {clips.shape[1]} frames, {how}, {seconds:.1f} s on {process.device}")
+    print(
+        f"wrote {args.out}: {len(clips)} clips of {clips.shape[1]} frames, {how}, {seconds:.1f} s on {process.device}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import AdamW
 
 import opendit
-from examples.common import OneLineParser, gather_lists, in_ddp, start_process, stop_if_any, stop_process
+from examples.common import OneLineParser, gather_lists, in_ddp, start_process
 from examples.diffusion import objective_of
 from examples.encoding import Encoder, model_config
 from examples.image.report import print_summary, save_loss_curve
@@ -61,17 +61,10 @@ def main() -> None:
                 model, booster, optimizer=optimizer, sp_size=args.sequence_parallel_size
             )
         run = Run(args, process, config, model, net, optimizer, objective, encoder, data, held_out)
+        del net  # one owner, which drops it before the process group ends: see stop_process
 
     if args.explain and process.is_main:
         opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
-
-    def draw(path: Path) -> None:
-        clips = run.draw(run.shown, batch_size=4)
-        if not clips.isfinite().all():
-            raise FloatingPointError("the generated clips are not finite; try a lower --lr or --cfg_scale")
-        if process.is_main:
-            path.parent.mkdir(exist_ok=True)
-            save_clips(path.with_suffix(".gif"), clips, columns=5)
 
     for step in run.steps():
         total = torch.zeros((), device=device)
@@ -80,7 +73,7 @@ def main() -> None:
                 loss = run.loss(batch, step) / args.accum
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         run.schedule.step()
@@ -92,16 +85,25 @@ def main() -> None:
     run.export({**settings, "vae": args.vae, "text_encoder": args.text_encoder})
     problem = ""
     try:
-        draw(run.folder / "samples.gif")
+        draw(run, run.folder / "samples.gif")
     except FloatingPointError as error:
         problem = str(error)
-    stop_if_any(problem)
+    run.stop_if_any(problem)
     if process.is_main:
         save_loss_curve(run.folder / "loss.png", run.losses.tolist(), first=run.first)
         write_metrics(run.folder, metrics)
         print_summary(metrics, run.folder)
-    del run, net  # before the process group: see stop_process
-    stop_process()
+    run.stop()
+
+
+def draw(run: Run, path: Path) -> None:
+    """What the averaged weights draw for `run.shown`."""
+    clips = run.draw(run.shown, batch_size=4)
+    if not clips.isfinite().all():
+        raise FloatingPointError("the generated clips are not finite; try a lower --lr or --cfg_scale")
+    if run.process.is_main:
+        path.parent.mkdir(exist_ok=True)
+        save_clips(path.with_suffix(".gif"), clips, columns=5)
 
 
 if __name__ == "__main__":

@@ -258,7 +258,9 @@ def test_two_processes_train_resume_and_sample_as_one(tmp_path, flags, call):
     common = [*QUICK, "--lr", 1e-2, "--warmup", 1, "--ckpt_every", 2, "--label_drop", 0,
               "--cfg_scale", 1, "--outputs", tmp_path]  # fmt: skip
     for more in ([], ["--load", "latest", "--steps", 6]):
-        done = run("train.py", *common, *size, *flags, "--steps", 4, *more, "--name", "two", launcher=TORCHRUN, env=ALONE)
+        done = run(
+            "train.py", *common, *size, *flags, "--steps", 4, *more, "--name", "two", launcher=TORCHRUN, env=ALONE
+        )
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
     call("train.py", *common, "--steps", 6, "--name", "one")
@@ -355,12 +357,18 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
         (["--no_accelerate", "--mixed_precision", "fp16"], "--mixed_precision: fp16's loss scale is opendit's"),
         (["--no_accelerate", "--grad_checkpoint"], "--grad_checkpoint: is opendit's"),
         (["--no_accelerate", "--enable_flashattn"], "--enable_flashattn: on contradicts --no_accelerate"),
-        (["--no_accelerate", "--sequence_parallel_size", "1", "--enable_modulate_kernel"], "contradicts --no_accelerate"),
+        (
+            ["--no_accelerate", "--sequence_parallel_size", "1", "--enable_modulate_kernel"],
+            "contradicts --no_accelerate",
+        ),
         (["--sequence_parallel_type", "ring"], "needs a --sequence_parallel_size above 1"),
         (["--sequence_parallel_size", "2"], "2 does not divide the 1 processes"),
         (["--kernels", "reference", "--enable_modulate_kernel", "off"], "--kernels: contradicts"),
         (["--attention", "sdpa", "--enable_flashattn", "off"], "--attention: contradicts --enable_flashattn"),
-        (["--enable_layernorm_kernel", "--enable_modulate_kernel", "off"], "on contradicts --enable_modulate_kernel off"),
+        (
+            ["--enable_layernorm_kernel", "--enable_modulate_kernel", "off"],
+            "on contradicts --enable_modulate_kernel off",
+        ),
         (["--enable_flashattn", "on"], "flash kernels need a GPU"),
         (["--load", "/nowhere"], "--load /nowhere is no folder"),
         (["--val_fraction", "0.0001"], "--val_fraction 0.0001"),
@@ -554,7 +562,9 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     assert "--prompts: this checkpoint takes classes" in said("--checkpoint", trained, "--prompts", "a dog")
     assert "--negative_prompt: this checkpoint takes classes" in said("--checkpoint", trained, "--negative_prompt", "x")
     assert "contradicts --classes" in said("--checkpoint", trained, "--prompts", "a dog", "--classes", 1)
-    assert "means nothing with --cfg_scale 1" in said("--checkpoint", trained, "--negative_prompt", "x", "--cfg_scale", 1)
+    assert "means nothing with --cfg_scale 1" in said(
+        "--checkpoint", trained, "--negative_prompt", "x", "--cfg_scale", 1
+    )
     assert "--cfg_interval: 0.5 0.2" in said("--checkpoint", trained, "--cfg_interval", 0.5, 0.2)
     assert not (tmp_path / "x.png").exists()
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import opendit
-from examples.models.dit import DiT
+from examples.models.checkpoint import load_checkpoint
+from examples.models.dit import SIZES, DiT
 from examples.models.latte import LATTE_MODELS, Latte
 from examples.models.pixart import PIXART_MODELS, PixArt
 from examples.models.registry import ARCHITECTURES, MODELS, architecture_of, build
@@ -47,7 +48,10 @@ def test_opendit_knows_it_and_computes_the_same(name):
 
     def results():
         out = model(x, t, **cond)
-        return [out.detach(), *torch.autograd.grad((out * weights).sum(), [x, *[p for p in model.parameters() if p.requires_grad]])]
+        return [
+            out.detach(),
+            *torch.autograd.grad((out * weights).sum(), [x, *[p for p in model.parameters() if p.requires_grad]]),
+        ]
 
     plain = results()
     opendit.accelerate(model)
@@ -204,7 +208,9 @@ def test_vdit_puts_every_patch_where_it_came_from(frame_patch):
                  num_classes=5, learn_sigma=False).eval()  # fmt: skip
     video = torch.randn(2, 4, 3, 6, 6)
     patches = F.unfold(video.flatten(0, 1), 2, stride=2)  # channels, then the patch's pixels
-    tokens = patches.view(2, 4 // frame_patch, frame_patch, 3, 2, 2, 9).permute(0, 1, 6, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+    tokens = (
+        patches.view(2, 4 // frame_patch, frame_patch, 3, 2, 2, 9).permute(0, 1, 6, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+    )
     assert torch.equal(model.unpatchify(tokens), video)
 
 
@@ -228,3 +234,18 @@ def test_vdit_positions_tell_every_frame_and_patch_apart():
 def test_impossible_shapes_are_refused_in_words(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ["pixart", "latte", "latte-text", "latte-time"])
+def test_published_files_load_as_they_are(tmp_path, name):
+    """With the widths of a published size, so that the head count is known from the file; two blocks deep."""
+    architecture, more, cond = CASES[name]
+    arguments = {**TINY, **more, **SIZES["S"], "depth": 2, "in_channels": 4}
+    torch.manual_seed(0)
+    state = randomise(build({"architecture": architecture, "model": arguments})).state_dict()
+    wrapped = {"state_dict": state} if architecture == "PixArt" else {"model": {}, "ema": state}
+    torch.save(wrapped, tmp_path / "published.pt")
+    model, config = load_checkpoint(tmp_path / "published.pt", kind="image" if architecture == "PixArt" else "video")
+    assert (config["architecture"], config["objective"], config["pixels"]) == (architecture, "gaussian", False)
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    assert model(torch.randn(3, *model.sample_shape), torch.tensor([0, 5, 999]), **cond).isfinite().all()
