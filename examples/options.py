@@ -54,7 +54,7 @@ def add_opendit_options(parser: OneLineParser) -> None:
     add("--sequence_parallel_size", type=positive_int, default=1, help="processes that share a sequence")
     add("--sequence_parallel_type", choices=METHODS, help="how they share it (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="opendit's torch.compile of each block (default: for sampling on GPUs; training has CUDA graphs)")  # fmt: skip
+        help="torch.compile of each block, by opendit (default: for sampling on GPUs)")  # fmt: skip
     add("--no_accelerate", action="store_true", help="leave opendit out: plain PyTorch, not compiled")
     add("--explain", action="store_true", help="print what opendit changed in the model, and why")
 

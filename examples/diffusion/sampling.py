@@ -1,8 +1,9 @@
 """From noise to images and videos: classifier-free guidance, and the samplers of all objectives.
 
 A `Predict` maps (x [B, …, C, I, I], t, one float for the batch) to the model's output for the condition that it was
-made with. Noise enters as an argument or through one generator per sample, seeded by the run's seed and the sample's number:
-a sample is the same on every device, in every batch, on any number of processes, as far as the model's arithmetic is.
+made with. Noise enters as an argument or through one generator per sample, seeded by the run's seed and the sample's
+number: a sample is the same on every device, in every batch, on any number of processes, as far as the model's
+arithmetic is.
 """
 
 from __future__ import annotations
