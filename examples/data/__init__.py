@@ -15,8 +15,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from examples.data.find import list_samples
 from examples.data.latents import Latents, read_index
-from examples.data.listing import IMAGES, VIDEOS, list_samples
+from examples.data.listing import IMAGES, VIDEOS
 from examples.data.order import Order, batches
 from examples.data.samples import OneByOne, Samples, Unreadable
 
@@ -33,7 +34,7 @@ def open_data(
     seed: int = 0,
     decoder: str = "pyav",
 ) -> Samples | Latents:
-    """Images (num_frames 1), clips (above), or latents that preprocess.py made of either; formats: listing.py."""
+    """Images (num_frames 1), clips (above), or latents that preprocess.py made of either; formats: find.py."""
     for name, value in (("image_size", image_size), ("num_frames", num_frames), ("frame_interval", frame_interval)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; allowed: whole numbers from 1 on")

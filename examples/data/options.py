@@ -7,6 +7,7 @@ from pathlib import Path
 
 from examples.common import OneLineParser, named_path, positive_int, whole_number
 from examples.data.prepare import DTYPES
+from examples.encoders import Vae
 
 
 def add_preprocess_options(parser: OneLineParser) -> None:
@@ -31,6 +32,11 @@ def add_preprocess_options(parser: OneLineParser) -> None:
 def check_image_size(size: int, factor: int, vae: str) -> None:
     if size % factor:
         raise ValueError(f"image_size: got {size}; allowed with {vae}: multiples of {factor}")
+
+
+def check_num_frames(num_frames: int, vae: Vae) -> None:
+    if (kept := vae.frames_kept(num_frames)) != num_frames:
+        raise ValueError(f"num_frames: got {num_frames}; {vae.name} gives back {kept} of them. Most take 4·k + 1")
 
 
 def check_captions(text_encoder: str | None, captions: list[str] | None, path: Path) -> None:

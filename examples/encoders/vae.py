@@ -61,6 +61,12 @@ class Vae:
         """Pixels in about [−1, 1], fp32, not clamped."""
         return self._in_chunks(self._decode, latents.to(self.device).float() / self.scale + self.shift)[0]
 
+    def frames_kept(self, num_frames: int) -> int:
+        """How many of a clip's frames come back: video VAEs with causal time silently drop those that fill no step."""
+        if not self.is_video:
+            return num_frames
+        return self.decode(self.encode(torch.zeros(1, num_frames, 3, 64, 64))[0]).shape[1]
+
     def _in_chunks(self, compute: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
         frames = x.shape[:2] if x.ndim == 5 and not self.is_video else None
         x = (x.flatten(0, 1) if frames else x).to(self.device, self.dtype)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from examples.common import OneLineParser, positive_int, start_process, stop_process
 from examples.data import Latents, open_data
-from examples.data.options import add_preprocess_options, check_captions, check_image_size
+from examples.data.options import add_preprocess_options, check_captions, check_image_size, check_num_frames
 from examples.data.prepare import DTYPES, Preparation, summary
 from examples.encoders import load_text_encoder, load_vae
 
@@ -66,6 +66,7 @@ def main() -> None:
         precision = DTYPES[args.mixed_precision]
         vae = load_vae(args.vae, process.device, precision)
         check_image_size(args.image_size, vae.factor, vae.name)
+        check_num_frames(args.num_frames, vae)
         text = None
         if args.text_encoder:
             text = load_text_encoder(args.text_encoder, process.device, precision, args.text_length)

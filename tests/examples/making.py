@@ -91,7 +91,8 @@ def clip(path: Path, frames: int, size: int = 32, codec: str = "libx264") -> Pat
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(8))
         stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        stream.codec_context.max_b_frames = 2  # shown in another order than decoded
         stream.gop_size = 5  # several key frames, and frames between them
         for k in range(frames):
             grey = np.full((size, size, 3), 8 * k, dtype=np.uint8)
@@ -123,6 +124,7 @@ def tiny_vae(folder: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.2,
         shift_factor=0.1,
+        mid_block_add_attention=False,  # 256 px would take it seconds
     ).save_pretrained(folder)
     return folder
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan, AutoencoderTiny
 from safetensors.torch import save_file
 
+from examples.data.options import check_num_frames
 from examples.encoders import load_text_encoder, load_vae, sample_posterior
 from examples.encoders.taef2 import Taef2
 from tests.examples.making import tiny_text_encoder, tiny_vae
@@ -75,6 +76,7 @@ def test_video_autoencoders_compress_time(tmp_path):
         model.save_pretrained(tmp_path / name)
         vae = load_vae(tmp_path / name)
         assert (vae.is_video, vae.factor) == (True, 2)
+        assert vae.frames_kept(5) == 5
         mean, std = vae.encode(x)
         assert mean.shape == (2, 3, vae.channels, 16, 16)
         assert vae.decode(mean).shape == x.shape
@@ -89,6 +91,9 @@ def test_video_autoencoders_compress_time(tmp_path):
         torch.testing.assert_close(std[:1].transpose(1, 2), spread, atol=1e-5, rtol=1e-4)
         with pytest.raises(ValueError, match=r"takes clips \[B, T, 3, H, W\]"):
             vae.encode(x[:, 0])
+    check_num_frames(5, vae)
+    with pytest.raises(ValueError, match=r"num_frames: got 4; .* gives back 1 of them"):
+        check_num_frames(4, vae)  # Wan takes the first frame, then fours
 
 
 def test_taef2_from_its_own_layout(tmp_path):

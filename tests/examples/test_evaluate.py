@@ -17,7 +17,7 @@ from examples.evaluate.features import ClipImages, Extractor, load_extractor
 from examples.evaluate.inception import Inception, average, load_inception, resize_like_tensorflow
 from examples.evaluate.metrics import InceptionScore, Moments, frechet_distance, precision_recall
 from examples.evaluate.npz import NpzImages, write_npz
-from tests.examples.making import captioned_folder, clip, image_folder, tiny_text_encoder
+from tests.examples.making import CAPTIONS, captioned_folder, clip, image_folder, tiny_text_encoder, video_table
 
 CPU = torch.device("cpu")
 
@@ -311,13 +311,17 @@ def test_clip_scores_of_captioned_images(tmp_path, monkeypatch):
 
 
 def test_clips_from_folder_to_report(tmp_path, monkeypatch):
-    for name, frames in (("real", (8, 9, 10)), ("generated", (4, 5, 4))):
-        for i, count in enumerate(frames):
-            clip(tmp_path / name / f"{i}.mp4", count)
+    for i, count in enumerate((8, 9, 10)):
+        clip(tmp_path / "real" / f"{i}.mp4", count)
+    table = video_table(tmp_path / "generated", count=3, frames=4)
     clip(tmp_path / "generated" / "short.mp4", 2)
+    with table.open("a") as file:
+        file.write("short.mp4,too short\n")
+    model = tiny_text_encoder(tmp_path / "clip", "clip")
     out = tmp_path / "scores.json"
     options = ["--image_size", 16, "--num_frames", 4, "--real_frame_interval", 2, "--features", "pixels", "--out", out]
-    evaluate(monkeypatch, "video", "--real", tmp_path / "real", "--generated", tmp_path / "generated", *options)
+    options += ["--metrics", "frechet,clip", "--clip", model]
+    evaluate(monkeypatch, "video", "--real", tmp_path / "real", "--generated", table, *options)
     scores = json.loads(out.read_text())
     assert scores["features"] == "pixels 8x8, per frame: mean and mean change"
     assert (scores["generated"], scores["real"]) == (3, 3)
@@ -325,6 +329,13 @@ def test_clips_from_folder_to_report(tmp_path, monkeypatch):
     # Real clips move twice as fast, which the mean change sees: 16 grey levels against 8, of 192 features each.
     assert scores["frechet_distance_of_other_features"] > 192 * (8 / 255) ** 2 * 0.9
     assert "fvd" not in scores
+    grey = torch.stack([torch.full((3, 16, 16), 8.0 * k) for k in range(4)]).byte()
+    clips = ClipImages(str(model), CPU)
+    seen = F.normalize(clips(grey).mean(0), dim=-1)  # all three show the same four frames
+    similar = 100 * clips.text([*CAPTIONS, "too short"]) @ seen
+    assert scores["clip_score"] == pytest.approx(similar[:3].clamp(min=0).mean().item(), rel=0.02, abs=0.1)
+    assert scores["caption_found_by_clip"] == pytest.approx(1 / 3 if similar.argmax() < 3 else 0)
+    assert scores["captions"] == 4
 
 
 def mistake(monkeypatch, capfd, kind: str, *arguments) -> str:
