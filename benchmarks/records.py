@@ -18,7 +18,7 @@ from benchmarks.common import RESULTS
 
 Row = dict[str, Any]
 
-THEMES = ("train_step", "ablation", "largest_batch", "loss_curves", "kernels", "attention")
+THEMES = ("train_step", "ablation", "largest_batch", "loss_curves", "kernels", "attention", "engines")
 LABELS = {
     "as published": "as published (fp32 + TF32)",
     "eager": "eager, bf16 autocast",

@@ -8,6 +8,7 @@ from opendit.api import Boosted, accelerate, explain, restore
 from opendit.config import BoosterConfig
 from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
+from opendit.training import no_sync
 from opendit.verify import verify
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
     "explain",
+    "no_sync",
     "register_family",
     "restore",
     "seed",

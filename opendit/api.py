@@ -1,11 +1,14 @@
 """The three verbs: `accelerate`, `explain`, `restore`.
 
-`accelerate` is one straight line: config → checks → plan → apply → optimizer. Everything up to the plan only
-reads, and a call that fails leaves the model and the optimizer as they were.
+`accelerate` is one straight line: config → checks → plan → apply → place → optimizer. Everything up to the plan only
+reads, and a call that fails leaves the model and the optimizer as they were; only an engine that fails half-way,
+after its own checks, may leave a part of the model sharded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TextIO, TypeVar, cast, overload
@@ -14,10 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from opendit import optim
-from opendit.config import BoosterConfig, OptimizerFactory
+from opendit import engines, optim, training
+from opendit.config import DEFAULT_TIMEOUT, BoosterConfig, OptimizerFactory
+from opendit.engines import Engine, Placed
 from opendit.patch import core
 from opendit.patch.core import Patched, Plan
+from opendit.wrapping import unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -72,7 +77,8 @@ def accelerate(
             `data_parallel_rank`. Where there is no process group, one is set up from torchrun's environment.
 
     Returns:
-        `model`, or `(model, optimizer)` where an optimizer was given here or in the config.
+        `model`, or `(model, optimizer)` where an optimizer was given here or in the config. With `plugin="ddp"` the
+        model comes back inside torch's DistributedDataParallel.
 
     Raises:
         ValueError: unknown model or setting, a request that can't run here, a model that is already
@@ -89,22 +95,32 @@ def accelerate(
 
     from opendit.plan import plan_for  # brings the kernels in; import opendit itself stays light
 
-    _ensure_processes(target, sp_size)
+    engine = _engine(cfg, model, target)
+    _ensure_processes(target, sp_size, cfg)
     plan = plan_for(target, cfg, sp_size)
+    if engine is not None:
+        engine.check(target, optimizer, _setup(target, cfg, sp_size, plan))
+        plan = _without_graphs(plan, engine)
     before = dict(target.named_parameters())
     core.apply(target, plan)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
-    if optimizer is None:
-        return model
     try:
-        if isinstance(optimizer, Optimizer):
-            optim.rebind(optimizer, before, dict(target.named_parameters()))
+        if engine is not None:
+            placed = engine.place(target, optimizer, _setup(target, cfg, sp_size, plan))
         else:
-            optimizer = optim.build(optimizer, target)
+            if isinstance(optimizer, Optimizer):
+                optim.rebind(optimizer, before, dict(target.named_parameters()))
+            elif optimizer is not None:
+                optimizer = optim.build(optimizer, target)
+            placed = Placed(model, optimizer, ())
     except BaseException:
-        core.unapply(target)
+        with contextlib.suppress(ValueError):  # classes that an engine put on top stay
+            core.unapply(target)
         raise
-    return Boosted(model, optimizer)
+    training.remember(target, cfg, sp_size, engine, placed)
+    if engine is not None:
+        _watch(cfg, placed)
+    return placed.model if placed.optimizer is None else Boosted(placed.model, placed.optimizer)
 
 
 class Boosted(NamedTuple):
@@ -125,28 +141,45 @@ def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module")
     target = unwrap(model)
+    cfg = BoosterConfig.of(booster_cfg)
     applied = core.plan_of(target)
     if applied is not None and (booster_cfg is not None or sp_size != 1):
         name = "booster_cfg" if booster_cfg is not None else "sp_size"
         raise ValueError(f"{name}: the model is already accelerated; explain(model) shows its plan")
     _check_sp_size(sp_size)
-    _ensure_processes(target, sp_size)
-    plan = applied or plan_for(target, BoosterConfig.of(booster_cfg), sp_size)
-    print(describe(plan, target, applied=applied is not None), file=file or sys.stdout)
+    if applied is not None:
+        plan, known = applied, training.training_of(target)
+        lines = known.lines if known is not None else ()
+    else:
+        _ensure_processes(target, sp_size)
+        plan = plan_for(target, cfg, sp_size)
+        engine = _engine(cfg, model, target)
+        lines = ()
+        if engine is not None:
+            plan = _without_graphs(plan, engine)
+            lines = tuple(engine.promises(_setup(target, cfg, sp_size, plan)))
+    print(describe(plan, target, applied=applied is not None, engine=lines), file=file or sys.stdout)
     return plan
 
 
 def restore(model: ModelT) -> ModelT:
     """Undoes `accelerate` in place and returns `model` as it came in: its classes, outputs and keys.
 
-    Raises `ValueError` if the model is not accelerated, or was sharded since.
+    A model that `plugin="ddp"` wrapped comes back without its wrapper.
+
+    Raises `ValueError` if the model is not accelerated, or is sharded; the message says what to do then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
     target = unwrap(model)
     if core.plan_of(target) is None and not any(isinstance(m, Patched) for m in target.modules()):
         raise ValueError(f"model: {type(target).__name__} is not accelerated; there is nothing to restore")
+    known = training.training_of(target)
+    if known is not None and known.engine is not None:
+        wrapper = known.model()
+        model = cast(ModelT, known.engine.undo(wrapper) if wrapper is not None else target)
     core.unapply(target)
+    training.forget(target)
     from opendit.patch import graphs
 
     graphs.release(list(target.parameters()))
@@ -168,13 +201,56 @@ def _check_sp_size(sp_size: object) -> None:
         raise ValueError(f"sp_size: got {sp_size}; allowed: 1 or more, a divisor of the number of processes")
 
 
-def _ensure_processes(model: nn.Module, sp_size: int) -> None:
-    """With `sp_size` > 1: a process group, whose processes it divides."""
-    if sp_size > 1:
+def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | None = None) -> None:
+    """With `sp_size` > 1, a process group, whose processes it divides; with a plugin, one of this process at least."""
+    plugin = cfg.plugin if cfg is not None else None
+    if sp_size > 1 or plugin is not None:
         from opendit.fastseq import mesh
 
-        mesh.ensure_world(next((p.device for p in model.parameters()), torch.device("cpu")))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if plugin is not None and sp_size == 1:
+            assert cfg is not None
+            mesh.ensure_world(device, f"plugin: got {plugin!r}", alone=True, timeout=cfg.timeout or DEFAULT_TIMEOUT)
+        else:
+            mesh.ensure_world(device, timeout=cfg.timeout if cfg is not None else None)
         mesh.check_size(sp_size)
+
+
+def _watch(cfg: BoosterConfig[Any], placed: Placed) -> None:
+    """From now on a process that is gone ends the others; steps are the optimizer's, or else training forwards."""
+    from opendit.watch import watch
+
+    watching = watch(cfg.timeout or DEFAULT_TIMEOUT)
+    if watching is not None and placed.optimizer is not None:
+        placed.optimizer.register_step_post_hook(watching.step_done)
+    elif watching is not None:
+        placed.model.register_forward_hook(lambda m, *_: watching.step_done() if m.training else None)
+
+
+def _engine(cfg: BoosterConfig[Any], model: nn.Module, target: nn.Module) -> Engine | None:
+    if cfg.plugin is None:
+        return None
+    if model is not target:
+        raise ValueError(
+            f"plugin: got {cfg.plugin!r} for a model inside {type(model).__name__}; allowed: the model itself, which "
+            "the plugin places. Leave the wrapper out (compile=True compiles blocks), or plugin"
+        )
+    return engines.find(cfg.engine, cfg.plugin)
+
+
+def _setup(model: nn.Module, cfg: BoosterConfig[Any], sp_size: int, plan: Plan) -> engines.Setup:
+    """What an engine is asked for."""
+    assert cfg.plugin is not None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return engines.Setup(cfg.plugin, cfg.precision, cfg.reduction, sp_size, plan.units, plan.entries, device)
+
+
+def _without_graphs(plan: Plan, engine: Engine) -> Plan:
+    """`plan` for an engine that moves parameters: no CUDA graphs, said where it is so."""
+    if not plan.choices.graphs or engine.moves_parameters is None:
+        return plan
+    left = core.Kept("", f"no CUDA graphs of blocks: {engine.moves_parameters}")
+    return dataclasses.replace(plan, choices=dataclasses.replace(plan.choices, graphs=False), kept=(*plan.kept, left))
 
 
 def _target(model: object) -> nn.Module:
@@ -192,15 +268,3 @@ def _target(model: object) -> nn.Module:
             f"model: {type(target).__name__} is already sharded; call accelerate first and shard what it returns"
         )
     return target
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and torch.compile."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-            model = inner  # torch.compile's wrapper
-        else:
-            return model

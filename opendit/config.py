@@ -21,13 +21,13 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer
 
 OptimizerT = TypeVar("OptimizerT", bound="Optimizer | OptimizerFactory | None", default=None)
 
+DEFAULT_TIMEOUT = 600.0  # seconds; what torch gives NCCL
+
 KERNEL_BACKENDS = ("auto", "triton", "reference")
 
 # What each field may say once all of it is built. The first value is the default, and all that works so far.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "precision": ("inherit", "bf16", "fp16", "fp32", "fp8"),
-    "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
-    "engine": ("torch", "colossalai"),
 }
 # Likewise, with all of it built.
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -35,6 +35,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "fusion": ("auto", "block", "adaln"),
     "residual": ("inherit", "fp32", "bf16"),
     "activation_checkpointing": (False, True, "selective", "full"),
+    "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
+    "engine": ("torch", "colossalai"),
+    "reduction": ("fp32", "bf16"),
 }
 
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -66,8 +69,15 @@ class BoosterConfig(Generic[OptimizerT]):
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
         precision: `"inherit"`: the caller's autocast and parameter dtypes decide. Others: not implemented.
-        plugin: the distributed plugin; only `None` (the caller wraps the model) is implemented.
-        engine: where plugins come from; only `"torch"` is implemented.
+        plugin: the engine that the model is placed on, over all processes (docs/engines.md). `"ddp"`: torch's DDP;
+            `accelerate` returns the wrapper. `"zero1"`, `"zero2"`: FSDP2, parameters gathered once per step. `"zero3"`
+            or `"fsdp"`: FSDP2, freed after each block's forward. `"gemini"`: likewise, with parameters, gradients and
+            optimizer states in host memory. `None`: the caller places the model.
+        engine: where plugins come from: `"torch"`, or `"colossalai"`.
+        reduction: in what gradients are averaged by a plugin: `"fp32"` (never less than the parameter's own dtype), or
+            `"bf16"`, which halves the traffic and rounds.
+        timeout: with a plugin, seconds after which a process that gives no sign of life, or does not join a
+            collective, ends the others. It is torch's time-out too where `accelerate` sets up the process group.
         sequence_parallel: the method that spreads a sequence over processes where `accelerate` is given `sp_size > 1`:
             `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers.
         activation_checkpointing: what a block keeps for its backward. `False`: everything. `"selective"`: all that
@@ -90,6 +100,8 @@ class BoosterConfig(Generic[OptimizerT]):
     precision: str = "inherit"
     plugin: str | None = None
     engine: str = "torch"
+    reduction: str = "fp32"
+    timeout: float | None = None
     sequence_parallel: str = "auto"
     fusion: str = "auto"
     residual: str = "inherit"
@@ -137,6 +149,20 @@ class BoosterConfig(Generic[OptimizerT]):
                 )
         for name, allowed in _CHOICES.items():
             _check_allowed(name, getattr(self, name), allowed)
+        self._check_plugin()
+
+    def _check_plugin(self) -> None:
+        if self.timeout is not None:
+            if not isinstance(self.timeout, (int, float)) or isinstance(self.timeout, bool):
+                raise TypeError(f"timeout: got {self.timeout!r}; allowed: seconds, or None for {DEFAULT_TIMEOUT}")
+            if not 0 < self.timeout < float("inf"):
+                raise ValueError(f"timeout: got {self.timeout!r}; allowed: seconds above 0")
+        for name, default in (("engine", "torch"), ("reduction", "fp32"), ("timeout", None)):
+            if self.plugin is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} without a plugin; allowed: with one. Name a plugin, or leave "
+                    f"{name} out"
+                )
 
     @classmethod
     def of(cls, source: BoosterConfig[Any] | Mapping[str, Any] | str | None) -> BoosterConfig[Any]:

@@ -48,6 +48,54 @@ def build(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def check_divisible(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises `ValueError` where `optimizer` could not go on with each parameter divided among processes.
+
+    That is where it also holds parameters of others, which nobody divides or averages; where it keeps parameters
+    elsewhere than in its groups, where `rebind` does not reach them; or state of another shape than the parameter's.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"optimizer: its group {index} holds a parameter of shape {tuple(parameter.shape)} that is not the "
+                    "model's; allowed with a plugin that divides parameters: the model's alone. Give others an "
+                    "optimizer of their own"
+                )
+            state = optimizer.state.get(parameter, {})
+            odd = [k for k, v in state.items() if not _follows(v, parameter)]
+            if odd:
+                raise ValueError(
+                    f"optimizer: the state of {names[id(parameter)]!r} ({', '.join(odd)}) can't be divided as its "
+                    "parameter is; call accelerate before the first optimizer step, or pass a factory"
+                )
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state") and _holds(value, names, optimizer):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__}.{name} holds parameters of the model besides its groups, which "
+                "can't be exchanged there; pass a factory instead of an optimizer, so that it is built on the "
+                "model's final parameters"
+            )
+
+
+def _follows(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether an entry of the state is a number, or one tensor per parameter, element by element."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 or value.shape == parameter.shape
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _holds(value: Any, names: Mapping[int, str], optimizer: Optimizer, depth: int = 3) -> bool:
+    if isinstance(value, torch.Tensor):
+        return id(value) in names
+    if depth == 0 or any(value is group["params"] for group in optimizer.param_groups):
+        return False  # the groups' own lists are changed in place
+    if isinstance(value, Mapping):
+        return any(_holds(v, names, optimizer, depth - 1) for v in (*value.keys(), *value.values()))
+    return isinstance(value, (list, tuple, set)) and any(_holds(v, names, optimizer, depth - 1) for v in value)
+
+
 def rebind(optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
     """Points every group of `optimizer` at the parameters that took the old ones' place, in place.
 
@@ -55,7 +103,8 @@ def rebind(optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapp
         before, after: the model's named parameters before and after they were replaced.
 
     Groups, their options and the optimizer's identity stay. Per-parameter state moves along with its
-    parameter where every tensor in it that has the old shape also fits the new parameter.
+    parameter where every tensor in it that has the old shape also fits the new parameter; where the new one is a
+    DTensor, it is divided in the same way.
 
     Raises:
         ValueError: a parameter has disappeared, or its state can't be carried to what replaced it. Nothing
@@ -86,14 +135,32 @@ def rebind(optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapp
 
     replaced = {id(old): new for old, new in moves}
     for group in optimizer.param_groups:
-        group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+        group["params"][:] = [replaced.get(id(p), p) for p in group["params"]]  # some optimizers keep the list
     for old, new in moves:
         if old in optimizer.state:
-            optimizer.state[new] = optimizer.state.pop(old)
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {key: _divided(value, new) for key, value in state.items()}
+
+
+def _divided(value: Any, parameter: nn.Parameter) -> Any:
+    """A state's whole tensor as its parameter is: on its device, and this process's part of it."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or not hasattr(parameter, "placements"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    whole = value.detach().to(mesh.device_type)
+    part = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # from what every process has
+    local = part.to_local().to(parameter.to_local().device)  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def _check_state(name: str, old: nn.Parameter, new: nn.Parameter, state: Mapping[str, Any]) -> None:
     carried = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    if hasattr(new, "placements") and new.shape == old.shape and all(state[key].shape == old.shape for key in carried):
+        return
     if carried and (type(new.data) is not type(old.data) or new.shape != old.shape or new.device != old.device):
         raise ValueError(
             f"optimizer: the state of {name!r} ({', '.join(carried)}) can't be carried from "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from opendit.api import unwrap
 from opendit.patch import core
+from opendit.wrapping import unwrap
 
 
 def data_parallel_rank(model: nn.Module) -> int:

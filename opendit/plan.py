@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -54,6 +54,11 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
+        units=(
+            *family.called_apart,
+            *(f"{family.blocks}.{n}" for n, _ in model.get_submodule(family.blocks).named_children()),
+        ),
+        entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
     )
 
 
@@ -133,8 +138,8 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
     )
 
 
-def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
-    """`plan` in words: what changed and by what, what did not and why, what happened since."""
+def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[str] = ()) -> str:
+    """`plan` in words: what changed and by what, what did not and why, what happened since; `engine`: its lines."""
     device = _device(model)
     compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
@@ -152,6 +157,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool) -> str:
     lines += _choices_in_words(plan.choices)
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
+    lines += [f"  engine: {line}" for line in engine]
     modules = dict(model.named_modules())
     for fqn in plan.compiled:
         # A copy or an unpickled model has the plan and the classes, but not the compiled code.

@@ -62,9 +62,13 @@ def test_optimizer_may_be_instance_or_factory():
         ({"compile": "yes"}, TypeError, r"compile: got 'yes'; allowed: True or False"),
         ({"precision": "bf61"}, ValueError, r"precision: got 'bf61'; allowed: 'inherit', 'bf16'"),
         ({"precision": "bf16"}, NotImplementedError, r"precision='bf16'.*not implemented yet"),
-        ({"plugin": "zero2"}, NotImplementedError, r"plugin='zero2'"),
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
-        ({"engine": "colossalai"}, NotImplementedError, r"engine='colossalai'"),
+        ({"engine": "deepspeed"}, ValueError, r"engine: got 'deepspeed'; allowed: 'torch', 'colossalai'"),
+        ({"engine": "colossalai"}, ValueError, r"engine: got 'colossalai' without a plugin"),
+        ({"reduction": "bf16"}, ValueError, r"reduction: got 'bf16' without a plugin"),
+        ({"timeout": 5.0}, ValueError, r"timeout: got 5.0 without a plugin"),
+        ({"plugin": "ddp", "timeout": "5"}, TypeError, r"timeout: got '5'; allowed: seconds"),
+        ({"plugin": "ddp", "timeout": 0}, ValueError, r"timeout: got 0; allowed: seconds above 0"),
         ({"sequence_parallel": "ulises"}, ValueError, r"sequence_parallel: got 'ulises'; allowed: 'auto', 'fastseq'"),
         *[
             (

@@ -14,8 +14,15 @@ PACKAGE = ROOT / "opendit"
 
 # What each part may import of opendit; the longest matching prefix decides. Itself is always allowed.
 MAY_IMPORT = {
-    "opendit": {"opendit.api", "opendit.config", "opendit.parallel", "opendit.patch.registry", "opendit.verify"},
-    "opendit.parallel": {"opendit.api", "opendit.fastseq", "opendit.patch.core"},
+    "opendit": {
+        "opendit.api",
+        "opendit.config",
+        "opendit.parallel",
+        "opendit.patch.registry",
+        "opendit.training",
+        "opendit.verify",
+    },
+    "opendit.parallel": {"opendit.fastseq", "opendit.patch.core", "opendit.wrapping"},
     "opendit.__main__": {"opendit"},
     "opendit.verify": {
         "opendit",
@@ -31,12 +38,20 @@ MAY_IMPORT = {
     "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
     "opendit.api": {
         "opendit.config",
+        "opendit.engines",
         "opendit.fastseq",
         "opendit.optim",
         "opendit.plan",
         "opendit.patch.core",
         "opendit.patch.graphs",
+        "opendit.training",
+        "opendit.watch",
+        "opendit.wrapping",
     },
+    "opendit.watch": set(),
+    "opendit.training": {"opendit.config", "opendit.engines", "opendit.wrapping"},
+    "opendit.wrapping": set(),
+    "opendit.engines": {"opendit.config", "opendit.fastseq.mesh", "opendit.optim"},
     "opendit.plan": {"opendit.attention", "opendit.config", "opendit.fastseq", "opendit.kernels", "opendit.patch"},
     "opendit.optim": {"opendit.config"},
     "opendit.config": set(),

@@ -6,9 +6,10 @@ sequence. With `ring` > 1 the sp processes are laid out ring × ulysses, ulysses
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # some builds of torch have no distributed
     from torch.distributed.device_mesh import DeviceMesh
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How many processes other launchers started, which are not meant to train apart.
+_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 
 @dataclass(frozen=True)
@@ -50,30 +53,49 @@ _built: dict[tuple[int, int], Groups] = {}
 _built_for: list[object] = []
 
 
-def ensure_world(device: torch.device) -> bool:
+def ensure_world(
+    device: torch.device, asked: str = "sp_size: got more than 1", *, alone: bool = False, timeout: float | None = None
+) -> bool:
     """Sets the default process group up from torchrun's environment if there is none; whether it did.
+
+    Args:
+        device: this process's, where there are GPUs; without an index it is torchrun's LOCAL_RANK.
+        asked: what needs the group, to begin a message with.
+        alone: without torchrun's environment, a world of this process alone will do.
+        timeout: of collectives, in seconds; torch's own if not given.
 
     Raises `ValueError` where there is neither a group nor such an environment.
     """
+    field = asked.split(":")[0]
     if not dist.is_available():
-        raise ValueError("sp_size: this torch was built without torch.distributed; leave sp_size at 1")
+        raise ValueError(f"{field}: this torch was built without torch.distributed; leave {field} out")
     if dist.is_initialized():
         return False
     missing = [name for name in _TORCHRUN if name not in os.environ]
-    if missing:
+    others = [name for name in _LAUNCHED if int(os.environ.get(name, "1")) > 1]
+    if missing and (others or not alone):
+        started = f"; {others[0]} says that there are several processes" if others else ""
         raise ValueError(
-            "sp_size: got more than 1, but there is no process group and no torchrun environment (missing: "
-            f"{', '.join(missing)}); start with `torchrun --nproc-per-node=N script.py`, call "
-            "torch.distributed.init_process_group first, or leave sp_size at 1"
+            f"{asked}, but there is no process group and no torchrun environment (missing: "
+            f"{', '.join(missing)}){started}; start with `torchrun --nproc-per-node=N script.py`, call "
+            f"torch.distributed.init_process_group first, or leave {field} out"
         )
+    options: dict[str, Any] = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
+    if missing:
+        options |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         # NCCL, and objects sent through it, go by the current device.
         mine = device.type == "cuda" and device.index is not None
         torch.cuda.set_device(device if mine else int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", **options)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **options)
     return True
+
+
+def device_type() -> str:
+    """Where the default group's meshes are: "cuda" where there are GPUs and it has a backend for them."""
+    return "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend_config() else "cpu"
 
 
 def check_size(sp_size: int) -> None:
@@ -111,7 +133,7 @@ def _build(sp_size: int, ring: int) -> Groups:
 
     check_size(sp_size)
     dp_size = dist.get_world_size() // sp_size
-    kind = "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend_config() else "cpu"
+    kind = device_type()
     mesh = init_device_mesh(kind, (dp_size, sp_size), mesh_dim_names=("dp", "sp"))
     sp, dp = mesh.get_group("sp"), mesh.get_group("dp")
     ulysses: ProcessGroup | None

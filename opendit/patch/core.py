@@ -170,7 +170,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is to happen to a model, decided before anything does."""
+    """Everything that is to happen to a model, decided before anything does.
+
+    `units` and `entries` are what an engine must know of it: see `opendit.engines.Setup`.
+    """
 
     family: str
     model: str
@@ -178,6 +181,8 @@ class Plan:
     kept: tuple[Kept, ...]
     choices: Choices
     compiled: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<opendit plan for {self.model}: {len(self.edits)} modules changed, {len(self.kept)} left>"

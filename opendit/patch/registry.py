@@ -53,6 +53,7 @@ class Family:
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList.
         spread: where its sequence is split and gathered; None: it has no sequence parallelism.
+        called_apart: names of modules inside blocks that the model also calls from outside them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Family:
     plan: Callable[[Any, Planner], None]
     blocks: str
     spread: Spread | None = None
+    called_apart: tuple[str, ...] = ()
 
 
 _registered: dict[str, Family] = {}

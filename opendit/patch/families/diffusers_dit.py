@@ -251,4 +251,5 @@ FAMILY = Family(
     plan=plan,
     blocks="transformer_blocks",
     spread=Spread(gather="proj_out_2", attention="attn1", mlp="ff", tokens=_tokens),
+    called_apart=("transformer_blocks.0.norm1.emb",),  # the head takes the first block's
 )
