@@ -1,8 +1,8 @@
-"""The three verbs: `accelerate`, `explain`, `restore`.
+"""The verbs: `accelerate`, `explain`, `restore`, and `attach` for optimizers that come later.
 
-`accelerate` is one straight line: config → checks → plan → apply → place → optimizer. Everything up to the plan only
-reads, and a call that fails leaves the model and the optimizer as they were; only an engine that fails half-way,
-after its own checks, may leave a part of the model sharded.
+`accelerate` is one straight line: config → checks → plan → apply → place → optimizer → attach. Everything up to the
+plan only reads, and a call that fails leaves the model and the optimizer as they were; only an engine that fails
+half-way, after its own checks, may leave a part of the model sharded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from opendit import engines, optim, training
+from opendit import attaching, engines, optim, recording, training
 from opendit.config import DEFAULT_TIMEOUT, BoosterConfig, OptimizerFactory
 from opendit.engines import Engine, Placed
 from opendit.patch import core
@@ -113,6 +113,11 @@ def accelerate(
             elif optimizer is not None:
                 optimizer = optim.build(optimizer, target)
             placed = Placed(model, optimizer, ())
+        if placed.optimizer is not None:
+            attaching.put_in(target, placed.optimizer, plan.stepping)
+            recording.record(target)
+        elif cfg.ema is not None or cfg.skip_nonfinite:
+            core.logger.warning("ema and skip_nonfinite wait for an optimizer: opendit.attach(model, optimizer)")
     except BaseException:
         with contextlib.suppress(ValueError):  # classes that an engine put on top stay
             core.unapply(target)
@@ -162,6 +167,38 @@ def explain(model: nn.Module, booster_cfg: Any = None, *, sp_size: int = 1, file
     return plan
 
 
+def attach(model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
+    """Lets `optimizer.step()` do what the model's config asks for: skip_nonfinite, fp16's loss scale, EMA.
+
+    `accelerate` does it for an optimizer that it is given. This is for one built later, after your own `fully_shard`,
+    say; every process makes this call. A second call starts anew, averages at the parameters as they are.
+
+    Args:
+        model: the accelerated model, wrapped or sharded as it will be trained.
+        optimizer: on the model's parameters; the same object comes back.
+
+    Raises:
+        ValueError: the model is not accelerated, its config asks for nothing of that, or the optimizer holds none of
+            its parameters.
+        TypeError: an argument of the wrong type.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
+    target = unwrap(model)
+    plan = core.plan_of(target)
+    if plan is None or not plan.stepping:
+        raise ValueError(
+            "model: nothing of it goes into optimizer.step(); allowed: a model accelerated with precision, ema or "
+            "skip_nonfinite. Give them to accelerate"
+        )
+    optim.check(optimizer, target)
+    attaching.put_in(target, optimizer, plan.stepping)
+    recording.record(target)
+    return optimizer
+
+
 def restore(model: ModelT) -> ModelT:
     """Undoes `accelerate` in place and returns `model` as it came in: its classes, outputs and keys.
 
@@ -179,6 +216,7 @@ def restore(model: ModelT) -> ModelT:
         wrapper = known.model()
         model = cast(ModelT, known.engine.undo(wrapper) if wrapper is not None else target)
     core.unapply(target)
+    attaching.take_out(target)
     training.forget(target)
     from opendit.patch import graphs
 

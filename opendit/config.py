@@ -1,20 +1,22 @@
 """`BoosterConfig`: everything `accelerate` can be asked for, checked before anything is touched.
 
-A field exists here as soon as it is part of the interface. Where its work is not done yet, its default is
-the only value that passes, and any other allowed value raises `NotImplementedError` naming the field.
+A field exists here as soon as it is part of the interface. A value whose work is not done yet raises
+`NotImplementedError` naming it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, cast
 
 import torch
 from torch.optim import Optimizer
 from typing_extensions import TypeVar
+
+from opendit.ema_profiles import EMA
 
 # A factory is called last, with the parameters as they are once the model is in its final form.
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
@@ -25,12 +27,9 @@ DEFAULT_TIMEOUT = 600.0  # seconds; what torch gives NCCL
 
 KERNEL_BACKENDS = ("auto", "triton", "reference")
 
-# What each field may say once all of it is built. The first value is the default, and all that works so far.
-_ALLOWED: dict[str, tuple[object, ...]] = {
-    "precision": ("inherit", "bf16", "fp16", "fp32", "fp8"),
-}
-# Likewise, with all of it built.
+# What each field may say; the first value is the default.
 _CHOICES: dict[str, tuple[object, ...]] = {
+    "precision": ("inherit", "bf16", "fp16", "fp32", "fp8"),
     "sequence_parallel": ("auto", "fastseq", "ulysses", "ring", "usp"),
     "fusion": ("auto", "block", "adaln"),
     "residual": ("inherit", "fp32", "bf16"),
@@ -39,6 +38,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "engine": ("torch", "colossalai"),
     "reduction": ("fp32", "bf16"),
 }
+
+# After how many skipped steps in a row training stops, unless told otherwise: fp16's loss scale needs some 20 from its
+# start to any height it can end at.
+SKIPS_IN_A_ROW = 50
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "train": {"activation_checkpointing": "selective", "cuda_graphs": True},
@@ -68,7 +71,14 @@ class BoosterConfig(Generic[OptimizerT]):
             stay allocated between steps.
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
-        precision: `"inherit"`: the caller's autocast and parameter dtypes decide. Others: not implemented.
+        precision: `"inherit"`: the caller's autocast and parameter dtypes decide. `"bf16"`, `"fp16"`: the model's
+            forward runs under autocast and returns fp32; parameters must be fp32. `"fp16"` scales the loss by itself:
+            the plain loop stays, and gradients are true ones wherever the caller sees them. `"fp32"`: autocast is off
+            in the forward. `"fp8"`: not implemented.
+        skip_nonfinite: where a gradient is inf or NaN on any process, all skip that `optimizer.step()`: parameters,
+            moments and EMA stay as they are, and so does a schedule given to `opendit.schedule`. A number: after so
+            many in a row `opendit.NonFiniteGradients` is raised; `True`: 50; `None`: `True` where `precision` or `ema`
+            is given, else `False`.
         plugin: the engine that the model is placed on, over all processes (docs/engines.md). `"ddp"`: torch's DDP;
             `accelerate` returns the wrapper. `"zero1"`, `"zero2"`: FSDP2, parameters gathered once per step. `"zero3"`
             or `"fsdp"`: FSDP2, freed after each block's forward. `"gemini"`: likewise, with parameters, gradients and
@@ -84,7 +94,8 @@ class BoosterConfig(Generic[OptimizerT]):
             matrix products and attention gave, while results of passes over memory (normalised and modulated inputs,
             the GELU's output) are computed again inside passes of the backward; for blocks that are fused as a whole,
             others keep everything. `"full"` or `True`: the block's input only, its forward is computed again.
-        ema: not implemented beyond `None`.
+        ema: a decay such as 0.9999, several, or an `opendit.EMA`: averages in fp32, divided over the processes, kept
+            by `optimizer.step()`. See `opendit.ema_weights` and `opendit.ema_state_dict`.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -106,7 +117,8 @@ class BoosterConfig(Generic[OptimizerT]):
     fusion: str = "auto"
     residual: str = "inherit"
     activation_checkpointing: bool | str = False
-    ema: object = None
+    ema: float | Sequence[float] | EMA | None = None
+    skip_nonfinite: bool | int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.kernels, Mapping):
@@ -132,23 +144,27 @@ class BoosterConfig(Generic[OptimizerT]):
                 f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or a factory "
                 "that makes one from the model's parameters, such as functools.partial(torch.optim.AdamW, lr=1e-4)"
             )
-        if self.ema is not None:
-            raise NotImplementedError(f"ema={self.ema!r}: EMA is not implemented yet; leave ema at None")
+        object.__setattr__(self, "ema", EMA.of(self.ema))
         if self.cuda_graphs and (self.compile or self.fusion == "adaln"):
             other = "compile=True" if self.compile else "fusion='adaln'"
             raise ValueError(
                 f"cuda_graphs: got True with {other}; allowed: with blocks that are one function and not compiled. "
                 f"Leave {other} out, or cuda_graphs"
             )
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            _check_allowed(name, value, allowed)
-            if value != allowed[0]:
-                raise NotImplementedError(
-                    f"{name}={value!r} is part of the interface but not implemented yet; leave {name} at {allowed[0]!r}"
-                )
         for name, allowed in _CHOICES.items():
             _check_allowed(name, getattr(self, name), allowed)
+        if self.precision == "fp8":
+            raise NotImplementedError("precision='fp8' is part of the interface but not implemented yet; use 'bf16'")
+        skip: object = self.skip_nonfinite
+        if not (skip is None or (isinstance(skip, int) and (isinstance(skip, bool) or skip > 0))):
+            raise ValueError(
+                f"skip_nonfinite: got {skip!r}; allowed: True, False, None, or after how many steps in a row to stop"
+            )
+        if skip is False and self.precision == "fp16":
+            raise ValueError(
+                "skip_nonfinite: got False with precision='fp16'; allowed: True or a number. A loss scale finds its "
+                "height by steps that are skipped"
+            )
         self._check_plugin()
 
     def _check_plugin(self) -> None:
@@ -163,6 +179,14 @@ class BoosterConfig(Generic[OptimizerT]):
                     f"{name}: got {getattr(self, name)!r} without a plugin; allowed: with one. Name a plugin, or leave "
                     f"{name} out"
                 )
+
+    def skips_in_a_row(self) -> int | None:
+        """After how many skipped steps in a row to stop; None: no step is skipped."""
+        if self.skip_nonfinite is None:
+            return SKIPS_IN_A_ROW if self.precision != "inherit" or self.ema is not None else None
+        if isinstance(self.skip_nonfinite, bool):
+            return SKIPS_IN_A_ROW if self.skip_nonfinite else None
+        return self.skip_nonfinite
 
     @classmethod
     def of(cls, source: BoosterConfig[Any] | Mapping[str, Any] | str | None) -> BoosterConfig[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -13,6 +14,13 @@ def several() -> bool:
 
 def is_first() -> bool:
     return not several() or dist.get_rank() == 0
+
+
+def carrier(device: torch.device) -> torch.device:
+    """Where tensors of `device` must be for the default process group to send them: NCCL takes none of the host's."""
+    if several() and device.type == "cpu" and torch.cuda.is_available() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def gathered(value: Any) -> list[Any]:

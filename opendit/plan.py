@@ -11,6 +11,7 @@ from torch import nn
 
 from opendit import attention
 from opendit.config import BoosterConfig
+from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
@@ -18,8 +19,10 @@ from opendit.kernels import spec
 from opendit.patch.core import Choices, Plan, notes
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
+from opendit.patch.precision import plan_precision
 from opendit.patch.registry import Family, resolve
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
+from opendit.stepping import Stepping, in_words
 
 
 def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
@@ -41,6 +44,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
+    plan_precision(planner, model, cfg.precision)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         blocks = model.get_submodule(family.blocks)
@@ -59,6 +63,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1) -> Plan:
             *(f"{family.blocks}.{n}" for n, _ in model.get_submodule(family.blocks).named_children()),
         ),
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
+        stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
 
 
@@ -158,6 +163,7 @@ def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[st
     if plan.choices.sequence is not None:
         lines += [f"  sequence: {line}" for line in plan.choices.sequence.reasons]
     lines += [f"  engine: {line}" for line in engine]
+    lines += in_words(plan.stepping, model, applied=applied)
     modules = dict(model.named_modules())
     for fqn in plan.compiled:
         # A copy or an unpickled model has the plan and the classes, but not the compiled code.

@@ -9,6 +9,7 @@ rule: the candidate may be at most twice as far from the plain model in fp32 as 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -97,7 +98,8 @@ def verify(
             mean of the output's square.
         optimizer: a factory, called on the parameters; without it SGD. One step is taken and compared.
         ema: `ema(ema_model, model)` updates an exponential moving average in place after the step.
-        autocast: also compare under autocast to this dtype, by the error ratio rule.
+        autocast: also compare under autocast to this dtype, by the error ratio rule; by default the config's precision,
+            where that is bf16 or fp16. What a config says of steps (`ema`, `skip_nonfinite`) is no part of this.
         seed: of noise, timesteps, label drops, and of what zero parameters become.
         certificate: where rank 0 writes the certificate, as JSON.
         quiet: print nothing.
@@ -122,6 +124,9 @@ def verify(
         raise TypeError(
             f"batch: got {type(batch).__name__}; allowed: a tuple, list or mapping of the model's arguments"
         )
+    if autocast is None:
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
+    edits = dataclasses.replace(cfg, precision="inherit", ema=None, skip_nonfinite=None)
     task = Task(batch, loss, optimizer, ema, seed)
     if sp_size > 1:
         from opendit.fastseq import mesh
@@ -130,7 +135,7 @@ def verify(
 
     plain = measuring.reference_copy(model, seed)
     candidate = measuring.fresh_copy(plain, torch.float64)
-    api.accelerate(candidate, cfg, sp_size=sp_size)
+    api.accelerate(candidate, edits, sp_size=sp_size)
     share, shares = parallel.data_parallel_rank(candidate), parallel.data_parallel_size(candidate)
     task.check(shares)
 
@@ -139,7 +144,7 @@ def verify(
     rows, problems = _compare(found, expected), [*expected.problems, *found.problems]
     if autocast is not None:
         low = measuring.fresh_copy(plain, torch.float32)
-        api.accelerate(low, cfg, sp_size=sp_size)
+        api.accelerate(low, edits, sp_size=sp_size)
         more, said = _by_ratio(plain, low, task, share, shares, autocast)
         rows, problems = rows + more, problems + said
     compared = sum(row.compared for row in rows if row.what == "gradients")

@@ -37,6 +37,7 @@ def test_recipes(recipe):
     ("name", "values"),
     [
         ("fusion", ["auto", "block", "adaln"]),
+        ("precision", ["inherit", "bf16", "fp16", "fp32"]),
         ("residual", ["inherit", "fp32", "bf16"]),
         ("activation_checkpointing", [False, True, "selective", "full"]),
     ],
@@ -44,6 +45,21 @@ def test_recipes(recipe):
 def test_every_choice_of_a_field_is_taken(name, values):
     assert [getattr(BoosterConfig.of({name: value}), name) for value in values] == values
     assert getattr(BoosterConfig(), name) is values[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({}, None),
+        ({"precision": "bf16"}, 50),
+        ({"ema": 0.9}, 50),
+        ({"ema": 0.9, "skip_nonfinite": False}, None),
+        ({"skip_nonfinite": True}, 50),
+        ({"skip_nonfinite": 1}, 1),
+    ],
+)
+def test_after_how_many_skipped_steps_to_stop(settings, limit):
+    assert BoosterConfig(**settings).skips_in_a_row() == limit
 
 
 def test_optimizer_may_be_instance_or_factory():
@@ -61,7 +77,11 @@ def test_optimizer_may_be_instance_or_factory():
         ({"attention": None}, TypeError, r"attention: got None"),
         ({"compile": "yes"}, TypeError, r"compile: got 'yes'; allowed: True or False"),
         ({"precision": "bf61"}, ValueError, r"precision: got 'bf61'; allowed: 'inherit', 'bf16'"),
-        ({"precision": "bf16"}, NotImplementedError, r"precision='bf16'.*not implemented yet"),
+        ({"precision": "fp8"}, NotImplementedError, r"precision='fp8'.*not implemented yet"),
+        *[
+            ({"skip_nonfinite": bad}, ValueError, rf"skip_nonfinite: got {bad!r}; allowed: True, False, None, or")
+            for bad in (0, -3, "yes", 2.5)
+        ],
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
         ({"engine": "deepspeed"}, ValueError, r"engine: got 'deepspeed'; allowed: 'torch', 'colossalai'"),
         ({"engine": "colossalai"}, ValueError, r"engine: got 'colossalai' without a plugin"),
@@ -86,7 +106,8 @@ def test_optimizer_may_be_instance_or_factory():
             ({"residual": bad}, ValueError, rf"residual: got {bad!r}; allowed: 'inherit', 'fp32', 'bf16'$")
             for bad in ("fp16", None, torch.bfloat16)
         ],
-        ({"ema": 0.999}, NotImplementedError, r"ema=0.999: EMA is not implemented yet"),
+        ({"ema": 1.5}, ValueError, r"ema: decays: got 1.5; allowed: numbers between 0 and 1"),
+        ({"ema": "0.999"}, TypeError, r"ema: got '0.999'; allowed: a decay such as 0.9999, several, an opendit.EMA"),
         ({"optimizer": "adam"}, TypeError, r"optimizer: got str; allowed: a torch.optim.Optimizer, or a factory"),
         ("trian", ValueError, r"booster_cfg: got 'trian'; allowed recipes: train, sample.*'train'"),
         (7, TypeError, r"booster_cfg: got int"),

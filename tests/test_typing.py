@@ -31,6 +31,10 @@ sgd = partial(torch.optim.SGD, lr=0.1)
 assert_type(opendit.accelerate(model, "train", optimizer=sgd), tuple[Model, torch.optim.SGD])
 assert_type(opendit.accelerate(model, opendit.BoosterConfig(optimizer=adam)), tuple[Model, torch.optim.AdamW])
 assert_type(opendit.restore(model), Model)
+assert_type(opendit.attach(model, adam), torch.optim.AdamW)
+step_lr = torch.optim.lr_scheduler.StepLR(adam, 1)
+assert_type(opendit.schedule(step_lr), torch.optim.lr_scheduler.StepLR)
+assert_type(opendit.ema_state_dict(model, 0.9999), dict[str, torch.Tensor])
 opendit.accelerate(model, optimiser=adam)  # type: ignore[call-overload]
 """
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from opendit import parallel
-from opendit.wrapping import unwrap
 from opendit.attached import attached
 from opendit.checkpoint import randomness, together
 from opendit.checkpoint.errors import CheckpointError
@@ -28,6 +27,7 @@ from opendit.checkpoint.modules import module_pieces, optimizer_state
 from opendit.checkpoint.plain import encode
 from opendit.patch.core import plan_of
 from opendit.pieces import Piece, piece_of
+from opendit.wrapping import unwrap
 
 WITH_STATE_DICT = ("sampler", "scheduler", "scaler")  # the sampler may refuse, so it comes first
 

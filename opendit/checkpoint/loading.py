@@ -19,7 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from opendit import parallel
-from opendit.wrapping import unwrap
 from opendit.attached import attached
 from opendit.checkpoint import disk, jsonfile, manifest, randomness, together
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
@@ -29,6 +28,7 @@ from opendit.checkpoint.plain import decode
 from opendit.checkpoint.saving import wait
 from opendit.checkpoint.shards import Shards
 from opendit.pieces import Piece
+from opendit.wrapping import unwrap
 
 logger = logging.getLogger("opendit")
 

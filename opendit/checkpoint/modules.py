@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opendit.wrapping import unwrap
 from opendit.checkpoint.errors import CheckpointError
 from opendit.checkpoint.plain import decode, encode
 from opendit.pieces import Piece, piece_of
+from opendit.wrapping import unwrap
 
 # How an optimizer computes, not what: these stay as the optimizer at hand has them.
 _HOW = ("foreach", "fused", "capturable", "differentiable")

@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from opendit.wrapping import unwrap
 from opendit.checkpoint import disk, jsonfile, published, together
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.inventory import check_finite
 from opendit.checkpoint.modules import module_pieces
 from opendit.checkpoint.shards import library, open_file
+from opendit.wrapping import unwrap
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\.safetensors")

@@ -183,6 +183,7 @@ class Plan:
     compiled: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
+    stepping: Any = None  # an opendit.stepping.Stepping: what the optimizer's step is to do besides
 
     def __repr__(self) -> str:
         return f"<opendit plan for {self.model}: {len(self.edits)} modules changed, {len(self.kept)} left>"
