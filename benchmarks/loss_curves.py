@@ -128,12 +128,12 @@ def load_images(args: argparse.Namespace) -> dict[str, Tensor]:
     if args.data and Path(args.data).is_file():
         return torch.load(args.data, weights_only=True)
     # Here, for it needs packages that the machine with the GPU may lack.
-    from examples.image.data import Digits, ImageFolder
+    from examples.image.data import open_images
 
-    dataset: Any = ImageFolder(Path(args.data), args.image_size, flip=False) if args.data else Digits(args.image_size)
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    pixels = ((torch.stack(images) + 1) * 127.5).round().clamp(0, 255).byte()
-    return {"images": pixels, "labels": torch.tensor([int(label) for label in labels])}
+    dataset = open_images(args.data or "digits", args.image_size, flip=False, seed=0)
+    samples = [dataset[i] for i in range(len(dataset))]
+    pixels = ((torch.stack([sample["pixels"] for sample in samples]) + 1) * 127.5).round().clamp(0, 255).byte()
+    return {"images": pixels, "labels": torch.tensor([sample["label"] for sample in samples])}
 
 
 def worker(args: argparse.Namespace, data: Path, folder: Path, variant: str, seed: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import os
 import sys
@@ -60,6 +61,16 @@ def positive_float(text: str) -> float:
         value = -1.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up to below 1")
     return value
 
 
@@ -168,21 +179,26 @@ def stop_if_any(problem: str) -> None:
 
 
 class Ema:
-    """Running mean of a model's weights: shadow ← decay·shadow + (1 − decay)·weight, one foreach call per step."""
+    """Running mean of a model's weights without opendit: average ← decay·average + (1 − decay)·weight."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.updates = 0
-        self.weights = [p.detach() for p in model.parameters()]
-        self.shadow = [w.clone() for w in self.weights]
-        self.names = [name for name, _ in model.named_parameters()]
+        self.decay, self.updates = decay, 0
+        self.model, self.module = model, copy.deepcopy(model).eval()
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         # The first updates count for more, or a short run would average in its random start.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, self.weights, 1 - decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(self.model.parameters()), 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.shadow, strict=True))
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def in_model(self) -> Iterator[None]:
+        """Inside the `with` block the model has the averaged weights."""
+        own = [p.clone() for p in self.model.parameters()]
+        try:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.module.parameters()))
+            yield
+        finally:
+            torch._foreach_copy_(list(self.model.parameters()), own)

@@ -11,25 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from examples.diffusion.conditions import Condition, conditioned, per_sample
+
 
 class RectifiedFlow(nn.Module):
     learn_sigma = False
+    predicts = "flow"
 
     def __init__(self, logit_normal: bool = True):
         super().__init__()
         self.logit_normal = logit_normal
 
-    def draw_t(self, x0: Tensor) -> Tensor:
-        if self.logit_normal:
-            return torch.randn(len(x0), device=x0.device).sigmoid()
-        return torch.rand(len(x0), device=x0.device)
+    def times(self, uniform: Tensor) -> Tensor:
+        """t from numbers of [0, 1), by the inverse of its distribution."""
+        return torch.special.ndtri(uniform).sigmoid() if self.logit_normal else uniform
 
     def loss(
-        self, model: nn.Module, x0: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
+        self, model: nn.Module, x0: Tensor, cond: Condition, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        t = self.draw_t(x0) if t is None else t
+        t = self.times(torch.rand(len(x0), device=x0.device)) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
-        t_B111 = t.view(-1, 1, 1, 1)
+        t_B111 = per_sample(t, x0)
         x_t = (1 - t_B111) * x0 + t_B111 * noise
-        velocity = model(x_t, 1000 * t, y)
+        velocity = conditioned(model, x_t, 1000 * t, cond)
         return (velocity.float() - (noise - x0)).square().mean()

@@ -1,17 +1,15 @@
-"""Trains a class-conditional DiT on images: `python examples/image/train.py`, the same with `torchrun`.
+"""Trains a diffusion transformer on images: `python examples/image/train.py`, the same with `torchrun`.
 
 Without arguments: the 8×8 handwritten digits that come with scikit-learn, minutes on two CPU cores. With a folder of
-images, one sub-folder per class: `--data FOLDER --model DiT-B/4 --image-size 64`. examples/README.md describes what it
-prints and what it leaves in outputs/<name>/.
+images, one sub-folder per class: `--data_path FOLDER --model DiT-B/4 --image_size 64`. examples/README.md describes
+what it prints and what it leaves in outputs/<name>/.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `examples`
@@ -21,154 +19,136 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 import opendit
-from examples.common import (
-    Ema,
-    OneLineParser,
-    autocast,
-    gather_lists,
-    in_ddp,
-    mean_over_processes,
-    start_process,
-    stop_if_any,
-    stop_process,
-)
-from examples.diffusion import OBJECTIVES
-from examples.image.data import batches
-from examples.image.options import build_dataset, model_arguments, parse_train_options
-from examples.image.report import print_summary, sample_and_judge, save_loss_curve
+from examples.common import OneLineParser, autocast, gather_lists, in_ddp, start_process
+from examples.diffusion import objective_of
+from examples.encoding import Encoder, model_config
+from examples.image.data import open_images
+from examples.image.report import print_summary, sample_and_judge, save_grid, save_loss_curve
 from examples.image.speed import compare
-from examples.models.checkpoint import save_checkpoint
-from examples.models.dit import DiT
+from examples.loading import collate, split
+from examples.models.registry import MODELS, architecture_of, build
+from examples.options import parse_train_options, precision_of, train_config
+from examples.run import Run, write_metrics
 
 
 def main() -> None:
     parser = OneLineParser(prog="train.py", description=__doc__.partition("\n\n")[0])
-    args = parse_train_options(parser)
+    args = parse_train_options(parser, "image")
 
     with parser.explain_mistakes():
         process = start_process(args.device)
         device, on_gpu = process.device, process.device.type == "cuda"
-        if args.precision == "auto":
-            args.precision = "bf16" if on_gpu else "fp32"
-        if args.compile is None:
-            args.compile = on_gpu
-        dataset = build_dataset(args)
-        data = batches(dataset, args.batch_size, process=process, seed=args.seed, workers=args.workers)
-        torch.manual_seed(args.seed)
-        config = model_arguments(args, dataset)
-        model = DiT(**config).to(device)
+        everything = open_images(args.data_path, args.image_size, flip=not args.no_flip, seed=args.global_seed)
+        data, held_out = split(everything, args.val_fraction, args.global_seed)
+        objective = objective_of(args).to(device)
+        encoder = Encoder(args.vae, args.text_encoder, architecture_of(args.model), everything.classes, device)
+        config = model_config(args, everything, encoder, objective.learn_sigma, MODELS["image"][args.model])
+        torch.manual_seed(args.global_seed)
+        model = build(config).to(device)
         optimizer = AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        booster = opendit.BoosterConfig(kernels=args.kernels, attention=args.attention, compile=args.compile)
-        if not args.no_accelerate:
-            model, optimizer = opendit.accelerate(model, booster, optimizer=optimizer)  # all that opendit asks for
-        folder = args.outputs / args.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text("{}\n")  # a folder that can't be written to is better known now
+        booster = train_config(args, on_gpu, distributed=process.world > 1)
+        if args.no_accelerate:
+            net = in_ddp(model, process)
+        else:
+            net, optimizer = opendit.accelerate(  # all that opendit asks for
+                model, booster, optimizer=optimizer, sp_size=args.sequence_parallel_size
+            )
+        run = Run(args, process, config, model, net, optimizer, objective, encoder, data, held_out)
+        del net  # one owner, which drops it before the process group ends: see stop_process
 
     if args.explain and process.is_main:
         opendit.explain(model, booster if args.no_accelerate else None, file=sys.stdout)
-    objective = OBJECTIVES[args.objective]().to(device)
-    ema = Ema(model, args.ema_decay)
-    trained = in_ddp(model, process)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / args.warmup))
 
-    def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor]) -> Tensor:
-        with autocast(device, args.precision):
+    for step in run.steps():
+        total = torch.zeros((), device=device)
+        for batch, context in run.micro_batches():
+            with context:
+                loss = run.loss(batch, step) / args.accum
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        run.schedule.step()
+        if not run.after(step, total, norm, draw):
+            break
+
+    metrics = run.finish() | {"unreadable_files": gather_lists(list(everything.skipped))}
+    settings = {"objective": args.objective, "pixels": args.vae is None, "classes": everything.classes}
+    run.export({**settings, "vae": args.vae, "text_encoder": args.text_encoder})
+    problem = ""
+    try:
+        metrics |= sample_and_judge(run, run.folder / "samples.png")
+    except FloatingPointError as error:
+        problem = str(error)
+    run.stop_if_any(problem)
+    if process.is_main:
+        save_loss_curve(run.folder / "loss.png", run.losses.tolist(), first=run.first)
+
+    if args.compare_steps:
+        metrics["speed"] = speed_table(args, run, config, booster)
+    if process.is_main:
+        write_metrics(run.folder, metrics)
+        print_summary(metrics, run.folder)
+    run.stop()
+
+
+def draw(run: Run, path: Path) -> None:
+    """What the averaged weights draw for `run.shown`."""
+    images = run.draw(run.shown)
+    if run.process.is_main:
+        path.parent.mkdir(exist_ok=True)
+        save_grid(path.with_suffix(".png"), images, columns=5)
+
+
+def speed_table(args, run: Run, config: dict, booster: opendit.BoosterConfig) -> list[dict]:
+    """The same steps by the plain model, by torch.compile and by opendit, from the trained weights.
+
+    At its zero start a DiT's blocks do not reach the loss, and no fault would show.
+    """
+    device, trained = run.device, run.model.state_dict()
+    precision = precision_of(args, device.type == "cuda")
+    objective = run.objective
+
+    def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+        with autocast(device, precision):
             loss = objective.loss(model, *batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    torch.manual_seed(args.seed + 1 + process.rank)  # every process draws its own noise
-    losses = torch.zeros(args.steps, device=device)
-    global_batch = args.batch_size * process.world
-    start = time.perf_counter()
-    bar = tqdm(range(args.steps), desc="train", unit="step", mininterval=0.5, disable=not process.is_main)
-    for i in bar:
-        losses[i] = train_step(trained, optimizer, next(data))
-        schedule.step()
-        ema.update()
-        if (i + 1) % 20 == 0:  # not at every step: reading the loss waits for the device
-            loss = mean_over_processes(losses[i - 19 : i + 1].mean())
-            speed = (i + 1) * global_batch / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} img/s", refresh=False)
-            if not math.isfinite(loss):
-                break
-    bar.close()
-    history = losses.tolist()
-    seconds = time.perf_counter() - start
-    del trained
+    def plain() -> tuple[nn.Module, Optimizer]:
+        model = build(config).to(device)
+        model.load_state_dict(trained)
+        return model, AdamW(model.parameters(), lr=args.lr / 10, fused=True)
 
-    averaged = DiT(**config).to(device).eval()
-    averaged.load_state_dict(ema.state_dict())
-    with torch.no_grad(), autocast(device, args.precision):
-        averaged_loss = objective.loss(averaged, *next(data)).item()  # the last update has no loss of its own yet
-    broken = next((i + 1 for i, loss in enumerate(history) if not math.isfinite(loss)), None)
-    problem = ""
-    if broken:
-        problem = f"the loss is {history[broken - 1]} at step {broken}"
-    elif not math.isfinite(averaged_loss) or not all(weight.isfinite().all() for weight in ema.shadow):
-        problem = "the averaged weights are useless: they or their loss are not finite"
-    stop_if_any(problem and f"training diverged: {problem}; nothing was saved, try a lower --lr")
+    def compiled() -> tuple[nn.Module, Optimizer]:
+        model, optimizer = plain()
+        return torch.compile(model), optimizer
 
-    metrics = {
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "versions": {"torch": torch.__version__, "opendit": opendit.__version__},
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "processes": process.world,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds,
-        "images_per_s": args.steps * global_batch / seconds,
-        "loss_first_20": sum(history[:20]) / len(history[:20]),
-        "loss_last_20": sum(history[-20:]) / len(history[-20:]),
-        "unreadable_files": gather_lists(dataset.unreadable_files()),
-    }
-    if process.is_main:
-        settings = {"objective": args.objective, "pixels": True, "classes": dataset.classes}
-        save_checkpoint(folder, ema.state_dict(), {"model": config, **settings})
-        save_loss_curve(folder / "loss.png", history)
-        try:
-            metrics |= sample_and_judge(args, averaged, folder / "samples.png", device)
-        except FloatingPointError as error:
-            problem = str(error)
-    stop_if_any(problem)
-    del averaged  # the speed table measures memory
+    def accelerated() -> tuple[nn.Module, Optimizer]:
+        model, optimizer = plain()
+        # `compare` places all three models alike, keeps no averages and brings its own autocast.
+        alone = dataclasses.replace(booster, plugin=None, ema=None, precision="inherit")
+        return opendit.accelerate(model, alone, optimizer=optimizer)
 
-    if args.compare_steps:
-        # From the trained weights: at its zero start a DiT's blocks do not reach the loss, and no fault would show.
-        trained_state = model.state_dict()
-
-        def plain() -> tuple[nn.Module, Optimizer]:
-            model = DiT(**config).to(device)
-            model.load_state_dict(trained_state)
-            return model, AdamW(model.parameters(), lr=args.lr / 10, fused=True)
-
-        def compiled() -> tuple[nn.Module, Optimizer]:
-            model, optimizer = plain()
-            return torch.compile(model), optimizer
-
-        def accelerated() -> tuple[nn.Module, Optimizer]:
-            model, optimizer = plain()
-            return opendit.accelerate(model, booster, optimizer=optimizer)
-
-        if process.is_main:
-            print("measuring unaccelerated, torch.compile and opendit in turns …", flush=True)
-        metrics["speed"] = compare(
-            {"unaccelerated": plain, "torch.compile": compiled, "opendit": accelerated},
-            train_step,
-            [next(data) for _ in range(4)],
-            loss_steps=args.compare_steps,
-            process=process,
-            images_per_step=global_batch,
-        )
-    if process.is_main:
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print_summary(metrics, folder)
-    stop_process()
+    if run.process.is_main:
+        print("measuring unaccelerated, torch.compile and opendit in turns …", flush=True)
+    batches = []
+    for i in range(4):
+        batch = collate([run.data[(i * args.batch_size + j) % len(run.data)] for j in range(args.batch_size)])
+        batches.append((run.encoder.x0(batch, lambda shape: 0.0), run.encoder.condition(batch)))
+    return compare(
+        {"unaccelerated": plain, "torch.compile": compiled, "opendit": accelerated},
+        train_step,
+        batches,
+        loss_steps=args.compare_steps,
+        process=run.process,
+        images_per_step=args.batch_size * run.process.world,
+    )
 
 
 if __name__ == "__main__":

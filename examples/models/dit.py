@@ -1,10 +1,12 @@
 """DiT (Peebles & Xie, arXiv 2212.09748): a transformer that denoises image patches, in plain single-device PyTorch.
 
-    c = time(t) + label(y)                                  one vector per sample conditions every block
+    c = time(t) + condition(y)                              one vector per sample conditions every block
     x = x + gate_1 · attention(LN(x)·(1 + scale_1) + shift_1)
     x = x + gate_2 · mlp(LN(x)·(1 + scale_2) + shift_2)     the six vectors are a linear map of SiLU(c), zero at first
 
 Shapes: B batch, C channels, I image side, P patch side, L = (I/P)² tokens, D hidden, H heads, K = D/H.
+
+y is a class label, or with `text_dim` the pooled embedding of a text [B, text_dim].
 
 Names, shapes and numbers follow the published checkpoints (facebookresearch/DiT), which load with
 `load_state_dict(..., strict=True)`; nothing in this file knows of acceleration.
@@ -13,6 +15,7 @@ Names, shapes and numbers follow the published checkpoints (facebookresearch/DiT
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +86,35 @@ class LabelEmbedder(nn.Module):
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
 
+    def null(self, labels: Tensor) -> Tensor:
+        """As many times "no label"."""
+        if self.embedding_table.num_embeddings == self.num_classes:
+            raise ValueError("this model was built without a null label (class_dropout_prob=0): it can't be guided")
+        return torch.full_like(labels, self.num_classes)
+
+
+class TextEmbedder(nn.Module):
+    """Maps one vector per text to D; zeros mean "no text", and stand in for a share of them in training."""
+
+    def __init__(self, text_dim: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.proj = nn.Linear(text_dim, hidden_size)
+        self.dropout_prob = dropout_prob
+
+    def forward(self, text_BE: Tensor, train: bool) -> Tensor:
+        if train and self.dropout_prob > 0:
+            text_BE = drop_rows(text_BE, self.dropout_prob)
+        return self.proj(text_BE)
+
+    def null(self, text_BE: Tensor) -> Tensor:
+        return torch.zeros_like(text_BE)
+
+
+def drop_rows(x: Tensor, probability: float, instead: Tensor | float = 0.0) -> Tensor:
+    """x [B, …] with a share of its rows replaced."""
+    drop = torch.rand(len(x), device=x.device) < probability
+    return torch.where(drop.view(-1, *[1] * (x.dim() - 1)), instead, x)
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
@@ -107,11 +139,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -162,6 +194,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        text_dim: int | None = None,
     ):
         super().__init__()
         self.input_size = input_size
@@ -170,31 +203,24 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_heads = num_heads
-        self.num_classes = num_classes
+        self.num_classes, self.text_dim = num_classes, text_dim
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder = condition_embedder(num_classes, text_dim, hidden_size, class_dropout_prob)
         pos_embed = sincos_2d(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(pos_embed.unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.initialize_weights()
+        initialize(self)
 
-    def initialize_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear map that it is
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        # adaLN-zero: every block starts as the identity, and the model's first output is zero.
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        for linear in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, self.input_size, self.input_size)
+
+    def null_condition(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What classifier-free guidance leads away from, one row for each row of `cond`."""
+        return {"y": self.y_embedder.null(cond["y"])}
 
     def unpatchify(self, x_BLF: Tensor) -> Tensor:
         """F = P·P·out_channels, in that order, becomes an image of out_channels."""
@@ -202,9 +228,9 @@ class DiT(nn.Module):
         x = x_BLF.reshape(-1, side, side, P, P, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, side * P, side * P)
 
-    def forward(self, x_BCII: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+    def forward(self, x_BCII: Tensor, t_B: Tensor, y: Tensor) -> Tensor:
         x_BLD = self.x_embedder(x_BCII) + self.pos_embed
-        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B, self.training)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y, self.training)
         for block in self.blocks:
             x_BLD = block(x_BLD, c_BD)
         return self.unpatchify(self.final_layer(x_BLD, c_BD))
@@ -227,6 +253,42 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([mixed, mixed]), rest], dim=1)
 
 
+def condition_embedder(
+    num_classes: int, text_dim: int | None, hidden_size: int, dropout_prob: float
+) -> LabelEmbedder | TextEmbedder:
+    if text_dim is None:
+        return LabelEmbedder(num_classes, hidden_size, dropout_prob)
+    return TextEmbedder(text_dim, hidden_size, dropout_prob)
+
+
+def initialize(model: nn.Module) -> None:
+    """The published start: blocks are the identity where adaLN gates them, and the model's output is zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))  # as the linear map that it is
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    tables = [model.t_embedder.mlp[0], model.t_embedder.mlp[2]]
+    if isinstance(getattr(model, "y_embedder", None), LabelEmbedder):
+        tables.insert(0, model.y_embedder.embedding_table)
+    for table in tables:
+        nn.init.normal_(table.weight, std=0.02)
+    zeroed = [
+        part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer) if hasattr(part, "adaLN_modulation")
+    ]
+    for linear in [*zeroed, model.final_layer.linear]:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def sincos_1d(dim: int, length: int) -> Tensor:
+    """[length, dim]: sin, then cos."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
 def sincos_2d(dim: int, side: int) -> Tensor:
     """[side², dim]: the first half of the channels encodes the column, the second the row; each is sin, then cos."""
     if dim % 4:
@@ -237,12 +299,12 @@ def sincos_2d(dim: int, side: int) -> Tensor:
     return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=1).float()
 
 
-_SIZES = {
+SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "Digits": {"depth": 4, "hidden_size": 128, "num_heads": 4},  # minutes on two CPU cores
 }
-DIT_MODELS = {f"DiT-{size}/{patch}": {**_SIZES[size], "patch_size": patch} for size in _SIZES for patch in (2, 4, 8)}
+DIT_MODELS = {f"DiT-{size}/{patch}": {**SIZES[size], "patch_size": patch} for size in SIZES for patch in (2, 4, 8)}
 """Constructor arguments by published name: DiT(**DIT_MODELS["DiT-XL/2"], input_size=32)."""

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from examples.diffusion import GaussianDiffusion, RectifiedFlow, guided, sample
-from examples.diffusion.sampling import ddim, ddpm, euler, heun
+from examples.diffusion import SAMPLERS, GaussianDiffusion, RectifiedFlow, VelocityDiffusion, guided, sample
+from examples.diffusion.sampling import ddim, ddpm, dpm_solver, euler, generator_of, heun
 
 STEPS = 1000
 
@@ -161,7 +161,7 @@ def test_flow_loss_is_the_distance_from_the_velocity():
 def test_flow_draws_its_times_as_named(logit_normal, middle):
     """Share of t in [1/4, 3/4]: one half if uniform; P(|N(0, 1)| < ln 3) if logit-normal."""
     torch.manual_seed(0)
-    t = RectifiedFlow(logit_normal).draw_t(torch.empty(100_000, 1))
+    t = RectifiedFlow(logit_normal).times(torch.rand(100_000))
     assert 0 <= t.min() < t.max() <= 1
     assert abs(((t > 0.25) & (t < 0.75)).float().mean() - middle) < 0.01
 
@@ -249,40 +249,174 @@ def test_ddpm_takes_the_learned_variance_between_its_two_bounds():
     assert (run(1.0) - run(None)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("min_snr", [None, 5.0])
+def test_velocity_and_min_snr_equal_their_definitions(case, min_snr):
+    """v = √ā·ε − √(1 − ā)·x_0; weights min(SNR, γ)/SNR for ε and min(SNR, γ)/(SNR + 1) for v, in float64."""
+    x0, t, noise, model = case
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)[t]
+    snr = abar / (1 - abar)
+    of_x0 = snr if min_snr is None else snr.clamp(max=min_snr)
+    a = abar.view(-1, 1, 1, 1)
+
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * x0
+    fixed = Fixed(model.out.detach()[:, :2].clone())
+    errors = (fixed.out.double() - velocity).square().mean((1, 2, 3))
+    weight = 1.0 if min_snr is None else of_x0 / (snr + 1)
+    loss = VelocityDiffusion(min_snr=min_snr).loss(fixed, x0, torch.zeros(6), t=t, noise=noise)
+    torch.testing.assert_close(loss.double(), (weight * errors).mean(), rtol=1e-5, atol=0)
+
+    objective = GaussianDiffusion(min_snr=min_snr)
+    mse, bits = objective.terms(model, x0, torch.zeros(6), t, noise)
+    expected = (of_x0 / snr * mse + bits).mean()
+    loss = objective.loss(model, x0, torch.zeros(6), t=t, noise=noise)
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
+
+
+def test_videos_have_the_loss_of_their_frames():
+    """Channels are third from the end: the objective of [B, F, C, I, I] is the mean of the frames' own."""
+    torch.manual_seed(0)
+    x0, noise, t = torch.rand(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4), torch.tensor([0, 400])
+    out = torch.rand(2, 3, 4, 4, 4) * 2 - 1
+    for objective in (GaussianDiffusion(min_snr=5.0), VelocityDiffusion(), RectifiedFlow()):
+        shown = out if objective.learn_sigma else out[:, :, :2]
+        times = t / 1000 if objective.predicts == "flow" else t
+        whole = objective.loss(Fixed(shown), x0, {"y": torch.zeros(2)}, t=times, noise=noise)
+        frames = [
+            objective.loss(Fixed(shown[:, f]), x0[:, f], {"y": torch.zeros(2)}, t=times, noise=noise[:, f])
+            for f in range(3)
+        ]
+        torch.testing.assert_close(whole, torch.stack(frames).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_dpm_solver_and_velocity_samplers_reproduce_a_gaussian():
+    noise, eps = torch.randn(2000, 1, 2, 2), gaussian_posterior_eps(mean=0.4, std=0.2)
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)
+
+    def velocity(x, t):
+        a, e = abar[int(t)].item(), eps(x, t)
+        x0 = (x - math.sqrt(1 - a) * e) / math.sqrt(a)
+        return math.sqrt(a) * e - math.sqrt(1 - a) * x0
+
+    generator = torch.Generator().manual_seed(0)
+    v = {"predicts": "v_prediction"}
+    for images in (
+        dpm_solver(eps, noise, 250),
+        dpm_solver(velocity, noise, 250, **v),
+        ddim(velocity, noise, 250, clip=False, **v),
+        ddpm(velocity, noise, 1000, learned_variance=False, clip=False, generator=generator, **v),
+    ):
+        assert abs(images.mean().item() - 0.4) < 0.02
+        assert abs(images.std().item() - 0.2) < 0.01
+
+
 class Labelled(nn.Module):
     """Its output is the label, so guidance can be read off; the null label counts as 100."""
 
-    num_classes, in_channels, input_size, learn_sigma = 10, 1, 2, False
+    num_classes, in_channels, learn_sigma, sample_shape = 10, 1, False, (1, 2, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def null_condition(self, cond):
+        return {"y": torch.full_like(cond["y"], 10)}
 
     def forward(self, x, t, y):
-        self.labels = y
-        return torch.where(y == 10, 100.0, y.float()).view(-1, 1, 1, 1).expand_as(x)
-
-    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels):
-        self.seen = (x, t, y)
-        cond, uncond = self.forward(x, t, y).chunk(2)
-        return torch.cat([uncond + cfg_scale * (cond - uncond)] * 2)
+        self.seen.append((x, t, y))
+        return torch.where(y == 10, 100.0, y.float()).view(-1, 1, 1, 1).expand_as(x) + self.weight
 
 
-def test_guidance_uses_the_null_label_after_the_last_class():
-    model, y = Labelled(), torch.tensor([3, 9])
-    x = torch.randn(2, 1, 2, 2)
-    out = guided(model, y, cfg_scale=2.0)(x, 500.0)
-    assert model.seen[2].tolist() == [3, 9, 10, 10]
-    assert model.seen[1].tolist() == [500.0] * 4
+def labels(*y):
+    return {"y": torch.tensor(y)}
+
+
+def test_guidance_uses_the_models_null():
+    model = Labelled()
+    out = guided(model, labels(3, 9), cfg_scale=2.0)(torch.randn(2, 1, 2, 2), 500.0)
+    assert model.seen[0][2].tolist() == [3, 9, 10, 10]
+    assert model.seen[0][1].tolist() == [500.0] * 4
     assert out[:, 0, 0, 0].tolist() == [100 + 2 * (3 - 100), 100 + 2 * (9 - 100)]
 
 
-def test_without_guidance_the_null_label_is_not_evaluated():
+def test_guidance_leads_away_from_what_is_named_instead():
+    out = guided(Labelled(), labels(3, 9), cfg_scale=2.0, null=labels(1, 2))(torch.randn(2, 1, 2, 2), 500.0)
+    assert out[:, 0, 0, 0].tolist() == [1 + 2 * (3 - 1), 2 + 2 * (9 - 2)]
+
+
+def test_guidance_is_on_within_its_interval_alone():
     model = Labelled()
-    guided(model, torch.tensor([3, 9]), cfg_scale=1)(torch.randn(2, 1, 2, 2), 500.0)
-    assert model.labels.tolist() == [3, 9]
+    predict = guided(model, labels(3), cfg_scale=2.0, interval=(0.2, 0.8))
+    for t, guides in ((100.0, False), (200.0, True), (800.0, True), (801.0, False)):
+        model.seen.clear()
+        out = predict(torch.zeros(1, 1, 2, 2), t)
+        assert out[0, 0, 0, 0] == (100 + 2 * (3 - 100) if guides else 3)
+        assert len(model.seen[0][2]) == (2 if guides else 1)
 
 
-def test_samples_depend_on_the_seed_alone():
-    model, y = Labelled(), torch.tensor([1, 2])
-    first, again, other = (sample(model, y, sampler="euler", steps=2, seed=s, clip=False) for s in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def test_guidance_at_scale_1_is_none_and_the_null_is_not_evaluated():
+    model, x = Labelled(), torch.randn(2, 1, 2, 2)
+    out = guided(model, labels(3, 9), cfg_scale=1)(x, 500.0)
+    assert model.seen[0][2].tolist() == [3, 9]
+    assert torch.equal(out, model(x, torch.full((2,), 500.0), labels(3, 9)["y"]))
+
+
+def test_guided_channels_and_a_learned_variance():
+    """Of four output channels one is guided; the others are as predicted for the condition."""
+
+    class Two(Labelled):
+        in_channels, learn_sigma = 2, True
+
+        def forward(self, x, t, y):
+            return super().forward(x, t, y).repeat(1, 2, 1, 1)
+
+    out = guided(Two(), labels(3), 2.0, guided_channels=1)(torch.zeros(1, 2, 2, 2), 1.0)
+    assert out[0, :, 0, 0].tolist() == [100 + 2 * (3 - 100), 3, 3, 3]
+    assert guided(Two(), labels(3), 2.0)(torch.zeros(1, 2, 2, 2), 1.0)[0, :, 0, 0].tolist() == [-94, -94, 3, 3]
+
+
+class Drift(Labelled):
+    """Depends on everything it is given; one output channel more where a variance is learned. Images or videos."""
+
+    def __init__(self, shape, learn_sigma):
+        super().__init__()
+        self.sample_shape, self.learn_sigma = shape, learn_sigma
+
+    def forward(self, x, t, y):
+        shape = [-1, *[1] * (x.dim() - 1)]
+        out = torch.tanh(x * (1 + y.view(shape) / 7)) + t.view(shape) / 1000
+        return torch.cat([out, out / 2], dim=-3) if self.learn_sigma else out
+
+
+CASES = [(o, s, shape) for o, names in SAMPLERS.items() for s in names for shape in ((1, 4, 4), (3, 1, 4, 4))]
+
+
+def draw(objective, sampler, shape, y=(1, 2, 3, 4, 5), seed=0, **options):
+    model = Drift(shape, learn_sigma=objective == "gaussian")
+    options = {"steps": 4, "cfg_scale": 1.5, "clip": False, "seed": seed, **options}
+    return sample(model, labels(*y), sampler=sampler, objective=objective, **options)
+
+
+@pytest.mark.parametrize(("objective", "sampler", "shape"), CASES)
+def test_a_sample_depends_on_the_seed_and_its_number_alone(objective, sampler, shape):
+    whole = draw(objective, sampler, shape)
+    assert whole.shape == (5, *shape)
+    assert torch.equal(whole, draw(objective, sampler, shape))
+    assert not torch.equal(whole, draw(objective, sampler, shape, seed=1))
+    torch.testing.assert_close(draw(objective, sampler, shape, batch_size=2), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(draw(objective, sampler, shape, y=(3, 4), first=2), whole[2:4], rtol=1e-6, atol=1e-6)
+    assert len({tuple(x.flatten().tolist()) for x in draw(objective, sampler, shape, y=(1,) * 5)}) == 5
+
+
+def test_noise_that_ignores_the_samples_number_is_caught(monkeypatch):
+    """The mutant of the test above: all samples of a batch, or the same rows of all batches, alike."""
+    module = "examples.diffusion.sampling.generator_of"
+    for mutant in (lambda seed, index: generator_of(seed, 0), lambda seed, index: generator_of(0, index)):
+        monkeypatch.setattr(module, mutant)
+        with pytest.raises(AssertionError):
+            test_a_sample_depends_on_the_seed_and_its_number_alone("gaussian", "ddpm", (1, 4, 4))
+
+
+def test_unknown_samplers_are_named():
     with pytest.raises(ValueError, match="unknown sampler 'dpm'"):
-        sample(model, y, sampler="dpm", steps=2)
+        sample(Labelled(), labels(1), sampler="dpm", steps=2)

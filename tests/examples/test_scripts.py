@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user runs them: small jobs end to end, and mistakes that cost one line."""
+"""image/train.py and sample.py as a user runs them: small jobs end to end, and mistakes that cost one line."""
 
 import argparse
 import importlib
@@ -32,11 +32,23 @@ def run(script: str, *arguments, launcher=(sys.executable,), **options) -> subpr
 def call(monkeypatch):
     """The same without the seconds that a new process spends on imports."""
 
-    def call_main(script: str, *arguments) -> None:
+    def call_main(script: str, *arguments, kind: str = "image") -> None:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        importlib.import_module(f"examples.image.{script.removesuffix('.py')}").main()
+        importlib.import_module(f"examples.{kind}.{script.removesuffix('.py')}").main()
 
     return call_main
+
+
+def test_samples_as_files_are_data_again_whatever_the_batch(trained, tmp_path, call):
+    from examples.data import open_data
+
+    options = ["--checkpoint", trained, "--classes", 3, 5, "--per_class", 2, "--steps", 2, "--device", "cpu"]
+    call("sample.py", *options, "--out_dir", tmp_path / "a")
+    call("sample.py", *options, "--out_dir", tmp_path / "b", "--batch_size", 3)
+    data, other = (open_data(tmp_path / name, image_size=8) for name in "ab")
+    assert [data.classes[data[i]["label"]] for i in range(4)] == ["three", "three", "five", "five"]
+    for i in range(4):
+        assert (data[i]["pixels"] - other[i]["pixels"]).abs().max() <= 2 / 255
 
 
 def make_folder(root: Path, per_class: int = 6) -> Path:
@@ -64,12 +76,16 @@ def test_train_leaves_what_it_says(trained):
         "model.safetensors",
         "config.json",
         "metrics.json",
+        "log.jsonl",
     }
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["loss_last_20"] > 0
     assert 0 <= metrics["requested_class_share"] <= 1
     assert metrics["classifier_held_out_accuracy"] > 0.95
     assert metrics["unreadable_files"] == []
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "grad_norm", "samples_per_s"} <= lines[0].keys()
+    assert lines[-1] == {"step": 3, "averaged_loss": metrics["averaged_loss"]}
     assert Image.open(trained / "samples.png").size[0] > 400
 
 
@@ -188,23 +204,13 @@ def test_diverged_training_stops_in_one_line_and_saves_nothing(tmp_path, call, c
     assert last.startswith("training diverged: ")
     assert words in last
     assert last.endswith("nothing was saved, try a lower --lr")
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"metrics.json"}
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"metrics.json", "log.jsonl"}
 
 
 def test_images_that_are_not_finite_are_not_judged(tmp_path, call, capsys):
     with pytest.raises(SystemExit, match="1"):
         call("train.py", *QUICK, "--cfg-scale", "1e38", "--outputs", tmp_path)
     assert "generated images are not finite" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_of_several_processes_one_samples(trained, tmp_path, call, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    options = ["--checkpoint", trained, "--device", "cpu", "--steps", 1, "--per-class", 1, "--no-accelerate"]
-    for rank in ("2", "0"):
-        monkeypatch.setenv("RANK", rank)
-        call("sample.py", *options, "--out", tmp_path / f"{rank}.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
-    assert "one process draws all images; the other 2" in capsys.readouterr().out
 
 
 def test_a_mistake_of_a_rank_above_0_is_said(monkeypatch, capsys):
@@ -228,19 +234,50 @@ def test_explain_prints_the_plan(trained, tmp_path, call, capsys, flags, words):
 @pytest.mark.parametrize(("flags", "expected"), [([], None), (["--compile"], True), (["--no-compile"], False)])
 def test_compile_is_on_off_or_left_to_the_device(monkeypatch, flags, expected):
     from examples.common import OneLineParser
-    from examples.image.options import parse_train_options
+    from examples.options import parse_train_options
 
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     assert parse_train_options(OneLineParser()).compile is expected
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run("train.py", *QUICK, "--outputs", tmp_path, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--no_accelerate"], ["--plugin", "zero2"], ["--sequence_parallel_size", 2], ["--sequence_parallel_size", 2,
+     "--plugin", "zero2"]],
+    ids=["ddp", "plain", "zero2", "sp2", "sp2-zero2"],
+)  # fmt: skip
+def test_two_processes_train_resume_and_sample_as_one(tmp_path, flags, call):
+    """The same global batch: the weights are one process's; drawn by two processes, the images are too."""
+    sp = "--sequence_parallel_size" in flags
+    size = ["--batch_size", 8 if sp else 4]
+    common = [*QUICK, "--lr", 1e-2, "--warmup", 1, "--ckpt_every", 2, "--label_drop", 0,
+              "--cfg_scale", 1, "--outputs", tmp_path]  # fmt: skip
+    for more in ([], ["--load", "latest", "--steps", 6]):
+        done = run(
+            "train.py", *common, *size, *flags, "--steps", 4, *more, "--name", "two", launcher=TORCHRUN, env=ALONE
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
+    call("train.py", *common, "--steps", 6, "--name", "one")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for state in (one, two):
+        state["blocks.0.attn.qkv.bias"][32:64] = 0  # as in test_opendit_trains_to_the_same_weights
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-3)
+
+    draw = ["--checkpoint", tmp_path / "one", "--per_class", 3, "--classes", 1, 2, 3, "--device", "cpu", "--steps", 3,
+            "--cfg_scale", 1]  # fmt: skip
+    flags = ["--sequence_parallel_size", 2] if sp else []
+    done = run("sample.py", *draw, *flags, "--out", tmp_path / "2.png", launcher=TORCHRUN, env=ALONE)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "digits-flow/metrics.json").read_text())
-    assert metrics["processes"] == 2
+    call("sample.py", *draw, "--out", tmp_path / "1.png")
+    pictures = [np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in (1, 2)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 @pytest.mark.parametrize("layout", ["flat", "training"])
@@ -281,22 +318,23 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
         (["--steps", "0"], "--steps: '0' is not a whole number above 0"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--steps", "9" * 5000], "is more than 1000000000"),
-        (["--seed", "1" * 25], f"--seed: {'1' * 25} is more than {2**63 - 1}"),
-        (["--seed", 2**63], f"--seed: {2**63} is more than {2**63 - 1}"),
-        (["--seed", "-1"], "--seed: '-1' is not a whole number"),
-        (["--num-classes", "99999999999"], "--num-classes: 99999999999 is more than 1000000"),
+        (["--seed", "1" * 25], f"{'1' * 25} is more than {2**63 - 1}"),
+        (["--seed", 2**63], f"{2**63} is more than {2**63 - 1}"),
+        (["--seed", "-1"], "'-1' is not a whole number"),
+        (["--num-classes", "99999999999"], "99999999999 is more than 1000000"),
         (["--lr", "nan"], "'nan' is not a number above 0"),
-        (["--ema-decay", "1"], "--ema-decay"),
+        (["--ema-decay", "1"], "--ema_decay"),
+        (["--ema-decay", "0"], "--ema_decay: must be above 0"),
         (["--model", "DiT-XXL/2"], "DiT-XXL/2"),
         (["--objective", "magic"], "magic"),
         (["--nonsense"], "--nonsense"),
         (["--image-size", "9"], "image size 9 is not a multiple of patch size 2"),
         (["--num-heads", "3"], "not a multiple of 3 heads"),
         (["--num-classes", "3"], "the data has 10 classes"),
-        (["--batch-size", "100000"], "--batch-size 100000"),
+        (["--batch-size", "100000"], "--batch_size 100000"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
-        (["--data", __file__], "test_scripts.py is a file"),
-        (["--data", ""], "--data: the path is empty"),
+        (["--data", __file__], "test_scripts.py"),
+        (["--data", ""], "--data_path: the path is empty"),
         (["--outputs", ""], "--outputs: the path is empty"),
         (["--name", "/etc/zz"], "--name: '/etc/zz' is not the name of a sub-folder"),
         (["--name", ".."], "--name: '..' is not"),
@@ -305,6 +343,38 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
         (["--kernels", "magic"], "magic"),
         (["--attention", "magic"], "magic"),
         (["--objective", "gaussian", "--sample-steps", "2000"], "1000"),
+        (["--epochs", "2", "--steps", "3"], "--epochs: contradicts --steps"),
+        (["--min_snr", "5"], "--min_snr: is a weighting of the objectives gaussian and v"),
+        (["--objective", "v", "--flow_timesteps", "uniform"], "--flow_timesteps: is for --objective flow, not v"),
+        (["--sampler", "ddim"], "--sampler: ddim is none for flow: heun, euler"),
+        (["--model", "PixArt-S/2"], "reads texts; name a --text_encoder"),
+        (["--model", "Latte-S/2"], "Latte-S/2"),
+        (["--num_frames", "16"], "--num_frames"),
+        (["--text_encoder", "words", "--num_classes", "20"], "--num_classes: contradicts --text_encoder"),
+        (["--sample_prompts", "a dog"], "--sample_prompts: needs a --text_encoder"),
+        (["--plugin", "zero2", "--no_accelerate"], "--plugin: zero2 is opendit's"),
+        (["--plugin", "zero2", "--compare_steps", "3"], "--compare_steps: the speed table is for whole models"),
+        (["--no_accelerate", "--mixed_precision", "fp16"], "--mixed_precision: fp16's loss scale is opendit's"),
+        (["--no_accelerate", "--grad_checkpoint"], "--grad_checkpoint: is opendit's"),
+        (["--no_accelerate", "--enable_flashattn"], "--enable_flashattn: on contradicts --no_accelerate"),
+        (
+            ["--no_accelerate", "--sequence_parallel_size", "1", "--enable_modulate_kernel"],
+            "contradicts --no_accelerate",
+        ),
+        (["--sequence_parallel_type", "ring"], "needs a --sequence_parallel_size above 1"),
+        (["--sequence_parallel_size", "2"], "2 does not divide the 1 processes"),
+        (["--kernels", "reference", "--enable_modulate_kernel", "off"], "--kernels: contradicts"),
+        (["--attention", "sdpa", "--enable_flashattn", "off"], "--attention: contradicts --enable_flashattn"),
+        (
+            ["--enable_layernorm_kernel", "--enable_modulate_kernel", "off"],
+            "on contradicts --enable_modulate_kernel off",
+        ),
+        (["--enable_flashattn", "on"], "flash kernels need a GPU"),
+        (["--load", "/nowhere"], "--load /nowhere is no folder"),
+        (["--val_fraction", "0.0001"], "--val_fraction 0.0001"),
+        (["--grad_clip", "-1"], "--grad_clip: -1.0 is not"),
+        (["--schedule", "wsd"], "wsd"),
+        (["--label_drop", "0"], "--label_drop: 0 leaves nothing to guide by; take --cfg_scale 1 with it"),
     ],
 )
 def test_train_mistakes_cost_one_line(monkeypatch, capsys, tmp_path, arguments, words):
@@ -316,22 +386,142 @@ def test_train_refuses_folders_it_cannot_use(monkeypatch, capsys, tmp_path):
     (imageless / "a").mkdir(parents=True)
     (imageless / "a" / "readme.txt").write_text("no image")
     assert "holds no images" in mistake(monkeypatch, capsys, "train", "--data", imageless, "--outputs", tmp_path)
-    broken = tmp_path / "broken"
-    (broken / "a").mkdir(parents=True)
-    (broken / "a" / "x.png").write_text("no image")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(broken), "--outputs", str(tmp_path)])
-    from examples.image import train
-
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    first, last = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert first.startswith("skipping")
-    assert "none of the 1 images" in last
-
     a_file = tmp_path / "file"
     a_file.write_text("")
     assert str(a_file) in mistake(monkeypatch, capsys, "train", *TINY, "--outputs", a_file)
+
+
+def settings(tmp_path, text: str) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_yaml_file_holds_the_same_settings_and_the_command_line_goes_first(monkeypatch, tmp_path):
+    from examples.common import OneLineParser
+    from examples.options import parse_train_options
+
+    text = "model: DiT-S/4\nlr: 1.0e-4\nno_flip: true\ncompile: false\nenable_flashattn: off\nsample_every:\nsteps: 7"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(settings(tmp_path, text)), "--steps", "9"])
+    args = parse_train_options(OneLineParser())
+    assert (args.model, args.lr, args.no_flip, args.compile, args.enable_flashattn, args.sample_every, args.steps) == (
+        "DiT-S/4", 1e-4, True, False, "off", 0, 9)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("leraning_rate: 1", "sets 'leraning_rate', which is no setting of train.py"),
+        ("batchsize: 1", "did you mean 'batch_size'?"),
+        ("steps: many", "'many' is not a whole number"),
+        ("objective: magic", "magic"),
+        ("no_flip: 3", "sets no_flip to 3; allowed: true or false"),
+        ("- steps", "holds a list; allowed: names with values"),
+        ("steps: [", "settings.yaml"),
+        ("a: !!python/object/apply:os.system ['touch /tmp/no']", "settings.yaml"),
+        ("objective: v\nsampler: euler", "--sampler: euler is none for v"),
+    ],
+)
+def test_mistakes_in_a_yaml_file_cost_one_line(monkeypatch, capsys, tmp_path, text, words):
+    given = ["--config", settings(tmp_path, text), "--outputs", tmp_path]
+    assert words in mistake(monkeypatch, capsys, "train", *given)
+    assert "--config" in mistake(monkeypatch, capsys, "train", "--config", tmp_path / "missing.yaml")
+
+
+def test_mistakes_are_found_before_anything_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("examples.image.train.open_images", None)
+    monkeypatch.setattr("examples.image.train.build", None)
+    assert "--min_snr" in mistake(monkeypatch, capsys, "train", "--min_snr", 5, "--outputs", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ([], "auto"),
+        (["--kernels", "reference"], "reference"),
+        (["--enable_modulate_kernel", "off"], dict.fromkeys(
+            ("gate_residual", "gate_residual_layernorm_modulate", "layernorm_modulate"), "reference")),
+        (["--enable_layernorm_kernel", "off"], dict.fromkeys(
+            ("gate_residual_layernorm_modulate", "layernorm_modulate"), "reference")),
+        (["--enable_layernorm_kernel", "off", "--enable_modulate_kernel", "on"], {
+            "gate_residual": "triton", "gate_residual_layernorm_modulate": "reference",
+            "layernorm_modulate": "reference"}),
+    ],
+)  # fmt: skip
+def test_kernel_flags_name_opendits_kernels(monkeypatch, flags, kernels):
+    from examples.common import OneLineParser
+    from examples.options import attention_of, kernels_of, parse_train_options
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    args = parse_train_options(OneLineParser())
+    assert kernels_of(args) == kernels
+    assert attention_of(args, on_gpu=True) == "auto"
+    args.enable_flashattn = "off"
+    assert attention_of(args, on_gpu=True) == "sdpa-math"
+    args.enable_flashattn = "on"
+    assert attention_of(args, on_gpu=True) == "sdpa-flash"
+
+
+@pytest.mark.parametrize("flags", [["--no_accelerate"], []])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, call, flags):
+    options = [*QUICK, "--steps", 6, "--ckpt_every", 3, "--schedule", "cosine", "--accum", 2, "--val_fraction", 0.1,
+               "--val_every", 3, "--sample_every", 3, "--objective", "v", *flags]  # fmt: skip
+    call("train.py", *options, "--outputs", tmp_path, "--name", "whole")
+    load = ["--load", tmp_path / "whole" / "checkpoints" / "step-00000003"]
+    call("train.py", *options, "--outputs", tmp_path, "--name", "resumed", *load)
+    whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    ends = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in (whole, resumed)]
+    assert ends[0] == ends[1]
+    assert "val_loss" in ends[0]
+    assert {path.name for path in (whole / "samples").iterdir()} == {"step-000003.png", "step-000006.png"}
+    # And once more from where it stopped, by name.
+    with pytest.raises(SystemExit):
+        call("train.py", *options, "--outputs", tmp_path, "--name", "whole", "--load", "latest")
+
+
+def test_a_run_that_was_never_saved_starts_from_the_beginning_with_latest(tmp_path, call):
+    call("train.py", *QUICK, "--outputs", tmp_path, "--load", "latest")
+    assert json.loads((tmp_path / "digits-flow/metrics.json").read_text())["steps"] == 3
+
+
+def test_training_from_latents_is_training_from_pixels_to_the_bit(tmp_path, call):
+    """A real VAE and a text encoder, tiny: encoded at every step, or once by preprocess.py."""
+    from tests.examples.making import captioned_folder, tiny_text_encoder, tiny_vae
+
+    data = captioned_folder(tmp_path / "data", 9)
+    tiny_vae(tmp_path / "vae")
+    tiny_text_encoder(tmp_path / "text", "t5")
+    networks = ["--vae", tmp_path / "vae", "--text_encoder", tmp_path / "text"]
+    made = ["--data_path", data, "--out", tmp_path / "latents", "--image_size", 16, "--device", "cpu"]
+    call("preprocess.py", *made, *networks)
+    options = [*QUICK, "--model", "PixArt-Digits/2", "--image_size", 16, "--no_flip", *networks, "--outputs", tmp_path]
+    for name, path in (("pixels", data), ("latents", tmp_path / "latents")):
+        call("train.py", *options, "--data_path", path, "--name", f"from-{name}")
+    first, second = (load_file(tmp_path / f"from-{name}" / "model.safetensors") for name in ("pixels", "latents"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    draw = ["--checkpoint", tmp_path / "from-latents", "--prompts", "a red cat", "--per_class", 2, "--steps", 2]
+    call("sample.py", *draw, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (100, 50)
+
+
+@pytest.mark.parametrize("model", ["PixArt-Digits/2", "DiT-Digits/2"])
+def test_text_to_image_end_to_end(tmp_path, call, model):
+    """Digits by their names: train, resume, draw by prompt, with and without a negative prompt."""
+    options = [*QUICK, "--model", model, "--text_encoder", "words", "--lr", 1e-2, "--warmup", 1, "--ckpt_every", 4,
+               "--outputs", tmp_path, "--name", "t"]  # fmt: skip
+    call("train.py", *options, "--steps", 4)
+    call("train.py", *options, "--steps", 8, "--load", "latest", "--sample_prompts", "nine", "one")
+    common = ["--checkpoint", tmp_path / "t", "--prompts", "three", "four", "--per_class", 2, "--device", "cpu",
+              "--steps", 2]  # fmt: skip
+    images = []
+    for name, flags in (("a", []), ("b", ["--negative_prompt", "five"]), ("c", ["--batch_size", 3, "--no_accelerate"])):
+        call("sample.py", *common, *flags, "--out", tmp_path / f"{name}.png")
+        images.append(np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int))
+    assert images[0].shape == (100, 100, 3)
+    assert np.abs(images[0] - images[2]).max() <= 1
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
@@ -352,7 +542,7 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     whole = json.loads((trained / "config.json").read_text())
     for change, words in (
         ({"objective": None}, "config.json: 'objective' is None, which is no str"),
-        ({"objective": "magic"}, "config.json: 'objective' is 'magic'; there are flow, gaussian"),
+        ({"objective": "magic"}, "config.json: 'objective' is 'magic'; there are flow, gaussian, v"),
         ({"pixels": "yes"}, "config.json: 'pixels' is 'yes', which is no bool"),
         ({"model": {**whole["model"], "num_heads": 0}}, "does not fit a DiT"),
     ):
@@ -366,9 +556,16 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     assert "is not JSON" in said("--checkpoint", lonely)
     pickled = tmp_path / "bad.pt"
     torch.save({"model": ROOT}, pickled)
-    assert "does not hold a DiT's tensors" in said("--checkpoint", pickled)
+    assert "does not hold a model's tensors" in said("--checkpoint", pickled)
     assert "knows 0 … 9" in said("--checkpoint", trained, "--classes", 10)
     assert "takes heun or euler" in said("--checkpoint", trained, "--sampler", "ddim")
+    assert "--prompts: this checkpoint takes classes" in said("--checkpoint", trained, "--prompts", "a dog")
+    assert "--negative_prompt: this checkpoint takes classes" in said("--checkpoint", trained, "--negative_prompt", "x")
+    assert "contradicts --classes" in said("--checkpoint", trained, "--prompts", "a dog", "--classes", 1)
+    assert "means nothing with --cfg_scale 1" in said(
+        "--checkpoint", trained, "--negative_prompt", "x", "--cfg_scale", 1
+    )
+    assert "--cfg_interval: 0.5 0.2" in said("--checkpoint", trained, "--cfg_interval", 0.5, 0.2)
     assert not (tmp_path / "x.png").exists()
 
 
@@ -376,7 +573,7 @@ def test_sample_looks_at_its_output_before_it_draws(monkeypatch, capsys, trained
     def said(out) -> str:
         return mistake(monkeypatch, capsys, "sample", "--checkpoint", trained, "--device", "cpu", "--out", out)
 
-    monkeypatch.setattr("examples.image.sample.sample", None)
+    monkeypatch.setattr("examples.drawing.sample", None)
     monkeypatch.chdir(tmp_path)
     for out in ("x.xyz", "x", tmp_path):
         assert "does not end in one of .bmp, .jpeg, .jpg, .png" in said(out)
