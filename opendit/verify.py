@@ -204,8 +204,7 @@ def _by_ratio(
     plan = _plan(candidate)
     if dtype == torch.bfloat16 and plan.choices.residual == "bf16":
         # An arithmetic of its own that the user chose: it is held against a plain model that has it too.
-        blocks = as_trained.get_submodule(families()[plan.family].blocks)
-        measuring.lower_residual(next(blocks.children()))
+        measuring.lower_residual(families()[plan.family].blocks_of(as_trained)[0][1])
     theirs = measuring.alone(as_trained, task, shares, dtype)
     ours = measuring.together(candidate, task, share, shares, dtype)
     rows, problems = [], list(ours.problems)

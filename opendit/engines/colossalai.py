@@ -195,7 +195,7 @@ class _ZeroGradients:
         everything = nn.functional.pad(
             grad.detach().reshape(-1), (0, share.size * dist.get_world_size() - grad.numel())
         )
-        return list(everything.clone().split(share.size))
+        return list(torch.split(everything.clone(), share.size))
 
     def step(self) -> None:
         if self._local or not self.boosted.require_grad_sync:
