@@ -1,24 +1,26 @@
-"""Triton's interpreter as the tests use it: rounding to bfloat16 as a GPU does, and twice as fast."""
+"""Triton's interpreter as the tests use it: rounding to bfloat16 and float8 as a GPU does, and twice as fast."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def patch_interpreter() -> None:
     """Patches the interpreter for the whole process; written against Triton 3.7."""
     from triton.runtime import interpreter
 
-    _round_bfloat16_to_nearest(interpreter)
+    _round_to_nearest(interpreter)
     _prepare_the_language_once(interpreter)
 
 
-def _round_bfloat16_to_nearest(interpreter: Any) -> None:
-    """Whatever rounding a cast asks for, the interpreter cuts off the lower half of a float32.
+def _round_to_nearest(interpreter: Any) -> None:
+    """Whatever rounding a cast to bfloat16 asks for, the interpreter cuts off the lower half of a float32; and a float8
+    whose fraction is rounded up to the next power of two it halves.
 
-    That doubles the error: what it computes then says little about what a GPU would.
+    What it computes then says little about what a GPU would.
     """
     import triton.language as tl
 
@@ -29,6 +31,8 @@ def _round_bfloat16_to_nearest(interpreter: Any) -> None:
             return to_bfloat16(data)
         if (source, target) == (tl.bfloat16, tl.float32):
             return data.view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return original(data, source, target, rounding)
 
     interpreter._convert_float = convert

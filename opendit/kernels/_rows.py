@@ -161,6 +161,22 @@ def store_rows(ptr, offsets, live, h, t, D: tl.constexpr, HEAD: tl.constexpr, TA
 
 
 @triton.jit
+def row_scale(h, t):
+    """(1/s [ROWS], s [ROWS]) of rows given as (head, tail)."""
+    largest = tl.maximum(tl.max(tl.abs(h), 1), tl.max(tl.abs(t), 1))
+    largest = tl.maximum(largest, 1e-30)
+    return 448.0 / largest, largest * (1 / 448.0)
+
+
+@triton.jit
+def store_quantized(q_ptr, scale_ptr, row, live, h, t, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Write rows [ROWS] (their numbers) of a dense [M, D] in 8 bits, and their scales; see ``fp8.py``."""
+    inverse, scale = row_scale(h, t)
+    tl.store(scale_ptr + row, scale, mask=live)
+    store_rows(q_ptr, row * D, live, h * inverse[:, None], t * inverse[:, None], D, HEAD, TAIL)
+
+
+@triton.jit
 def store_sums(ptr, h, t, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """Write one float32 [D] vector given as (head [HEAD], tail [TAIL])."""
     tail = HEAD + tl.arange(0, TAIL)

@@ -48,6 +48,7 @@ from opendit.kernels._rows import (
     row_mean,
     row_stride,
     split,
+    store_quantized,
     store_rows,
     store_sums,
     sum_programs,
@@ -95,6 +96,7 @@ def _fused_fwd(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    scale8_ptr,
     x_stride_b,
     x_stride_l,
     y_stride_b,
@@ -113,6 +115,7 @@ def _fused_fwd(
     EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = (pid // P).to(tl.int64)  # the sample, not the program
@@ -144,7 +147,10 @@ def _fused_fwd(
         mean, rstd, n_h, n_t = normalize(r_h, r_t, EPS, D, HEAD, TAIL)
         tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
-        store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
+        if QUANTIZE:
+            store_quantized(out_ptr, scale8_ptr, row, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
+        else:
+            store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -288,8 +294,13 @@ def launch_forward(
     out_dtype: torch.dtype,
     wrap: Any = direct,
     tile: Tile | None = None,
+    *,
+    scale8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``forward_fake``'s outputs, written."""
+    """``forward_fake``'s outputs, written.
+
+    scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
+    """
     outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype)
     if x.numel() == 0:
         return outputs
@@ -300,7 +311,7 @@ def launch_forward(
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_fused_fwd)[(B * P,)](
-        *(x, y, gate, shift, scale, given(weight, x), given(bias, x), *outputs),
+        *(x, y, gate, shift, scale, given(weight, x), given(bias, x), *outputs, given(scale8, x)),
         *(x.stride(0), x.stride(1), y.stride(0), y.stride(1)),
         *(gate.stride(0), shift.stride(0), scale.stride(0), L, P, walk),
         D=D,
@@ -311,6 +322,7 @@ def launch_forward(
         EPS=eps,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        QUANTIZE=scale8 is not None,
         num_warps=tile.warps,
     )
     return outputs

@@ -48,6 +48,7 @@ from opendit.kernels._rows import (
     row_mean,
     row_stride,
     split,
+    store_quantized,
     store_rows,
     store_sums,
     sum_programs,
@@ -86,6 +87,7 @@ def _layernorm_modulate_fwd(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    scale8_ptr,
     x_stride_b,
     x_stride_l,
     shift_stride,
@@ -102,6 +104,7 @@ def _layernorm_modulate_fwd(
     HAS_MODULATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = (pid // P).to(tl.int64)  # the sample, not the program
@@ -132,7 +135,10 @@ def _layernorm_modulate_fwd(
         row = b * L + token
         tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
-        store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
+        if QUANTIZE:
+            store_quantized(out_ptr, scale8_ptr, row, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
+        else:
+            store_rows(out_ptr, row * D, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -246,8 +252,13 @@ def launch_forward(
     out_dtype: torch.dtype,
     wrap: Any = direct,
     tile: Tile | None = None,
+    *,
+    scale8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward_fake``'s outputs, written. shift and scale come together, or are both None."""
+    """``forward_fake``'s outputs, written. shift and scale come together, or are both None.
+
+    scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
+    """
     out, mean, rstd = forward_fake(x, shift, scale, weight, bias, eps, out_dtype)
     if x.numel() == 0:
         return out, mean, rstd
@@ -259,6 +270,7 @@ def launch_forward(
     HEAD, TAIL = split(D)
     wrap(_layernorm_modulate_fwd)[(B * P,)](
         *(x, given(shift, x), given(scale, x), given(weight, x), given(bias, x), out, mean, rstd),
+        *(given(scale8, x),),
         *(x.stride(0), x.stride(1), row_stride(shift), row_stride(scale), L, P, walk),
         D=D,
         HEAD=HEAD,
@@ -269,6 +281,7 @@ def launch_forward(
         HAS_MODULATION=scale is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        QUANTIZE=scale8 is not None,
         num_warps=tile.warps,
     )
     return out, mean, rstd

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opendit.attention import choose_backend, two_pass
+from opendit.kernels import fp8
 from opendit.kernels.backend import resolve
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
@@ -181,6 +182,7 @@ class FusedAdaLN(Patched):
             keep=self._opendit_keep,
             dtype=dtype,
             counts=tuple(len(group) for group in groups),
+            fp8=self._opendit_fp8 and self._in_fp8(x, dtype, D, mlp_parts.fc1.weight.shape[0]),
         )
         return adaln_block(x, c, groups, static, self._opendit_graphs)
 
@@ -200,6 +202,15 @@ class FusedAdaLN(Patched):
         if torch.promote_types(x.dtype, dtype) != x.dtype:
             return f"a {x.dtype} residual with {dtype} sublayers"
         return None
+
+    def _in_fp8(self, x: Tensor, dtype: torch.dtype, *widths: int) -> bool:
+        """Whether the block's products are of 8 bits, where that was asked for."""
+        reason = fp8.unavailable(x.device, widths)
+        if dtype != torch.bfloat16:
+            reason = f"they give bf16, and the block computes in {dtype}"
+        if reason is not None:
+            self._note(f"no products in 8 bits: {reason}")
+        return reason is None
 
     def _not_whole(self, reason: str) -> Tensor | None:
         self._note(f"fused in parts, not as a whole: {reason}")

@@ -13,6 +13,10 @@ What one function gains over its parts: bias gradients come out of passes that a
 once or never apart; h_a, h_m and g need not be kept, since the backward's passes write them again on their way; weight
 gradients leave the matrix product in the parameters' own dtype; W2 is laid out as the matrix products like it; and
 between two of forty launches there is next to no Python.
+
+With `fp8` the products of qkv, p and y_m, and of the gradients of h_a, g and h_m, are of rows in 8 bits, each with a
+scale of its own (`kernels/fp8.py`), which the passes before them write; weight gradients and all else stay in the
+compute dtype. h_a, h_m and g are not made in it before the backward then, so "all" keeps what "selective" does.
 """
 # mypy: disable-error-code="no-untyped-call"
 
@@ -29,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from opendit.attention import two_pass
 from opendit.kernels import attention_backward as short_attention
+from opendit.kernels import fp8
 from opendit.kernels import gate_residual as gating
 from opendit.kernels import gate_residual_layernorm_modulate as fused
 from opendit.kernels import gelu as activation
@@ -53,11 +58,13 @@ PARAMETERS = ("ada_w", "ada_b", "qkv_w", "qkv_b", "proj_w", "proj_b", "w1", "b1"
 """A block's parameters: weights [out, in]; biases may be absent; qkv_w and qkv_b may be three tensors,
 for q, k and v."""
 W2 = PARAMETERS.index("w2")
+# Multiplied in 8 bits, where that is asked for: read as they are, in the forward and again in the backward.
+_WIDE = tuple(PARAMETERS.index(name) for name in ("qkv_w", "w1", "w2"))
 _GRADIENTS = ("x", "c", *PARAMETERS)
 
 
 class Static(NamedTuple):
-    """All about a call that is no tensor. `counts`: how many tensors each of PARAMETERS is."""
+    """What of a call is no tensor. `counts`: how many tensors each of PARAMETERS is; `fp8`: products in 8 bits."""
 
     heads: int
     eps_a: float
@@ -67,6 +74,7 @@ class Static(NamedTuple):
     keep: str
     dtype: torch.dtype
     counts: tuple[int, ...]
+    fp8: bool = False
 
 
 Groups = Sequence[Sequence[Tensor]]
@@ -81,11 +89,13 @@ def grouped(flat: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
     return groups
 
 
-def _is_cast(index: int, group: Sequence[Tensor], dtype: torch.dtype, tokens: int) -> bool:
+def _is_cast(index: int, group: Sequence[Tensor], static: Static, tokens: int) -> bool:
     """Whether the weight that the block computes with is a tensor of its own, not the parameter."""
+    if static.fp8 and index in _WIDE:
+        return False
     if len(group) != 1:
         return len(group) > 1
-    return group[0].dtype != dtype or (index == W2 and _turned(group[0], tokens))
+    return group[0].dtype != static.dtype or (index == W2 and _turned(group[0], tokens))
 
 
 def _turned(w2: Tensor, tokens: int) -> bool:
@@ -93,16 +103,24 @@ def _turned(w2: Tensor, tokens: int) -> bool:
     return w2.is_cuda and tokens >= _TRANSPOSE_FROM
 
 
-def cast_weights(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor | None]:
-    """The parameters as the block computes with them: in `dtype`, q's, k's and v's as one, W2 turned to [F, D]."""
+def _as_it_is(index: int, group: Sequence[Tensor], static: Static) -> Tensor:
+    """A parameter that is not cast: turned where it is W2, but for products in 8 bits, which take all by rows."""
+    if static.fp8 and index in _WIDE:
+        return group[0] if len(group) == 1 else torch.cat([p.detach() for p in group])
+    return group[0].t() if index == W2 else group[0]
+
+
+def cast_weights(groups: Groups, static: Static, tokens: int) -> list[Tensor | None]:
+    """The parameters as the block computes with them: in its dtype, q's, k's and v's as one, W2 turned to [F, D]."""
+    dtype = static.dtype
     weights: list[Tensor | None] = []
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for index, group in enumerate(groups):
         if not group:
             weights.append(None)
-        elif not _is_cast(index, group, dtype, tokens):
-            weights.append(group[0].t() if index == W2 else group[0])
+        elif not _is_cast(index, group, static, tokens):
+            weights.append(_as_it_is(index, group, static))
         else:
             shape = (sum(len(p) for p in group), *group[0].shape[1:])
             if index == W2 and _turned(group[0], tokens):
@@ -117,9 +135,9 @@ def cast_weights(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor
     return weights
 
 
-def uncast(groups: Groups, dtype: torch.dtype, tokens: int) -> list[Tensor]:
+def uncast(groups: Groups, static: Static, tokens: int) -> list[Tensor]:
     """The parameters that the block computes with as they are."""
-    return [group[0] for i, group in enumerate(groups) if group and not _is_cast(i, group, dtype, tokens)]
+    return [p for i, group in enumerate(groups) if group and not _is_cast(i, group, static, tokens) for p in group]
 
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,6 +166,14 @@ def _short(attention: str, qkv: Tensor) -> bool:
     return attention == "sdpa-cudnn" and L <= 512 and K <= 96 and short_attention.fits(qkv.dtype, K)
 
 
+def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
+    return norm.forward_fake(*inputs)
+
+
+def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
+    return fused.forward_fake(*inputs)
+
+
 class _Launch:
     """The kernels, and what stands for them where only shapes are asked for."""
 
@@ -155,11 +181,15 @@ class _Launch:
     fused = staticmethod(fused.launch_forward)
     gelu = staticmethod(activation.launch_forward)
     gate = staticmethod(gating.launch_forward)
+    quantize = staticmethod(fp8.quantize_rows)
+    gelu8 = staticmethod(fp8.gelu_rows)
 
 
 class _Fake:
-    norm = staticmethod(norm.forward_fake)
-    fused = staticmethod(fused.forward_fake)
+    norm = staticmethod(_norm_fake)
+    fused = staticmethod(_fused_fake)
+    quantize = staticmethod(fp8.quantize_rows_fake)
+    gelu8 = staticmethod(fp8.gelu_rows_fake)
     gelu = staticmethod(activation.forward_fake)
     gate = staticmethod(gating.forward_fake)
 
@@ -183,20 +213,33 @@ class _Forward:
         ada_w, ada_b, qkv_w, qkv_b, proj_w, proj_b, w1, b1, w2t, b2 = weights
         B, L, D = x.shape
         M, dtype = B * L, static.dtype
+        # With fp8: what h_a and h_m are written in, and where the scales of their rows go.
+        low = fp8.E4M3 if static.fp8 else dtype
+        rows_a, rows_m = ({"scale8": x.new_empty((M, 1), dtype=torch.float32)} if static.fp8 else {} for _ in range(2))
+
+        def product(h: Tensor, w: Tensor, bias: Tensor | None, scale8: Tensor | None = None) -> Tensor:
+            if scale8 is not None:
+                return fp8.scaled_product((h, scale8), run.quantize(w), dtype, bias)
+            return _linear(h, w.t(), bias)
+
         self.modulation = _linear(F.silu(c).to(dtype), ada_w.t(), ada_b)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation.chunk(6, dim=1)
-        self.h_a, self.mean_a, self.rstd_a = run.norm(x, shift_a, scale_a, None, None, static.eps_a, dtype)
-        self.qkv = _linear(self.h_a.view(M, D), qkv_w.t(), qkv_b).view(B, L, 3, static.heads, -1)
+        self.h_a, self.mean_a, self.rstd_a = run.norm(x, shift_a, scale_a, None, None, static.eps_a, low, **rows_a)
+        self.qkv = product(self.h_a.view(M, D), qkv_w, qkv_b, **rows_a).view(B, L, 3, static.heads, -1)
         q, k, v = self.qkv.unbind(2)
         o, self.attention = two_pass.forward(q, k, v, static.attention)
         self.o = o.reshape(B, L, -1)
         self.y_a = _linear(self.o.view(M, -1), proj_w.t(), proj_b).view(B, L, D)
         self.r, self.h_m, self.mean_m, self.rstd_m = run.fused(
-            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, dtype
+            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, **rows_m
         )
-        self.p = _linear(self.h_m.view(M, D), w1.t(), b1)
-        self.g = run.gelu(self.p, static.tanh)
-        self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
+        self.p = product(self.h_m.view(M, D), w1, b1, **rows_m)
+        if static.fp8:
+            g8, rows_g = run.gelu8(self.p, static.tanh)
+            self.y_m = product(g8, w2t, b2, rows_g).view(B, L, D)
+        else:
+            self.g = run.gelu(self.p, static.tanh)
+            self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
         self.out = run.gate(self.r, self.y_m, gate_m, **({} if out is None else {"residual": out}))
 
     def saved(self, keep: str) -> list[Tensor]:
@@ -208,6 +251,10 @@ def _names(keep: str) -> tuple[str, ...]:
     return _Forward.SMALL + _Forward.LARGE + (_Forward.CHEAP if keep == "all" else ())
 
 
+def _keep(static: Static) -> str:
+    return "selective" if static.fp8 and static.keep == "all" else static.keep
+
+
 def forward(
     x: Tensor, c: Tensor, groups: Groups, static: Static, run: Any = _Launch, out: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
@@ -216,11 +263,11 @@ def forward(
     out: memory to write out to; new if not given.
     """
     tokens = x.shape[0] * x.shape[1]
-    weights = cast_weights(groups, static.dtype, tokens)
+    weights = cast_weights(groups, static, tokens)
     done = _Forward(x, c, weights, static, run, out)
-    cast = [w for i, w in enumerate(weights) if w is not None and _is_cast(i, groups[i], static.dtype, tokens)]
+    cast = [w for i, w in enumerate(weights) if w is not None and _is_cast(i, groups[i], static, tokens)]
     # W2 is handed on as it lies in memory, so that no output of the operator is a view.
-    return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(static.keep)
+    return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(_keep(static))
 
 
 def _weights_again(
@@ -230,12 +277,12 @@ def _weights_again(
     weights: list[Any] = []
     at = 0
     for index, group in enumerate(groups):
-        if group and _is_cast(index, group, static.dtype, tokens):
+        if group and _is_cast(index, group, static, tokens):
             laid_out_as_given = index == W2 and not _turned(group[0], tokens)
             weights.append(saved[at].t() if laid_out_as_given else saved[at])
             at += 1
         else:
-            weights.append(None if not group else group[0].t() if index == W2 else group[0])
+            weights.append(_as_it_is(index, group, static) if group else None)
     return weights, saved[at:]
 
 
@@ -259,9 +306,10 @@ def backward(
     M, dtype = B * L, static.dtype
     weights, saved = _weights_again(groups, saved, static, M)
     ada_w, _, qkv_w, _, proj_w, _, w1, _, w2t, _ = weights
-    keep = static.keep
+    keep = _keep(static)
     if keep == "full":
-        saved, keep = _Forward(x, c, weights, static).saved("all"), "all"
+        keep = "selective" if static.fp8 else "all"
+        saved = _Forward(x, c, weights, static).saved(keep)
     names = _names(keep)
     s = dict(zip(names, saved, strict=False))
     want = dict(zip(_GRADIENTS, wants, strict=True))
@@ -279,11 +327,15 @@ def backward(
     if want["b2"]:
         grads["b2"] = _through_gate(gate_m, sums_m[:, -1], to["b2"])
     # y_m = g·W2ᵀ + b2, g = GELU(p)
-    dg = torch.mm(dy_m, w2t.t())
-    g = s["g"] if keep == "all" else torch.empty_like(dg)
-    dp = torch.empty_like(dg)
-    db1 = dg.new_empty(dg.shape[1], dtype=torch.float32) if want["b1"] else None
-    activation.launch_backward_into(dg, s["p"], static.tanh, dp, None if keep == "all" else g, db1)
+    if static.fp8:
+        dg = fp8.scaled_product(fp8.quantize_rows(dy_m), fp8.quantize_columns(w2t), dtype)
+        dp, dp8, g, db1 = fp8.gelu_backward_rows(dg, s["p"], static.tanh, want["b1"])
+    else:
+        dg = torch.mm(dy_m, w2t.t())
+        g = s["g"] if keep == "all" else torch.empty_like(dg)
+        dp = torch.empty_like(dg)
+        db1 = dg.new_empty(dg.shape[1], dtype=torch.float32) if want["b1"] else None
+        activation.launch_backward_into(dg, s["p"], static.tanh, dp, None if keep == "all" else g, db1)
     del dg
     if db1 is not None:
         grads["b1"] = db1.to(to["b1"])
@@ -293,7 +345,8 @@ def backward(
         grads["w2"] = transpose_into(turned, into["w2"] if into else torch.empty_like(groups[W2][0]))
     del g, dy_m
     # p = h_m·W1ᵀ + b1, h_m = LN(r)·(1 + scale_m) + shift_m, r = x + gate_a·y_a
-    dh_m = torch.mm(dp, w1).view(B, L, D)
+    dh_m = fp8.scaled_product(dp8, fp8.quantize_columns(w1), dtype) if static.fp8 else torch.mm(dp, w1)
+    dh_m = dh_m.view(B, L, D)
     h_m = s["h_m"] if keep == "all" else torch.empty_like(dh_m)
     dr, dy_a, sums_a = fused.launch_backward(
         dout,
@@ -328,7 +381,11 @@ def backward(
     if want["qkv_b"]:
         grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
     # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
-    dh_a = torch.mm(dqkv, qkv_w).view(B, L, D)
+    if static.fp8:
+        dh_a = fp8.scaled_product(fp8.quantize_rows(dqkv), fp8.quantize_columns(qkv_w), dtype)
+    else:
+        dh_a = torch.mm(dqkv, qkv_w)
+    dh_a = dh_a.view(B, L, D)
     h_a = s["h_a"] if keep == "all" else torch.empty_like(dh_a)
     grads["x"], sums_x = norm.launch_backward(
         dh_a,
@@ -420,7 +477,7 @@ class _Block(torch.autograd.Function):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             ctx.flat = flat
             # Autograd sees to it that these are not changed before the backward; of the others there are copies.
-            read = uncast(groups, static.dtype, x.shape[0] * x.shape[1])
+            read = uncast(groups, static, x.shape[0] * x.shape[1])
             if graphed:
                 ctx.graphs = graphs.block(x, c, flat, static)
             if ctx.graphs is not None:
@@ -495,8 +552,9 @@ def _operator(
     keep: str,
     dtype: torch.dtype,
     counts: list[int],
+    in_fp8: bool,
 ) -> list[Tensor]:
-    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts))
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8)
     with torch.cuda.device_of(x):
         out, saved = forward(x, c, grouped(flat, counts), static)
     return [out, *saved]
@@ -504,7 +562,8 @@ def _operator(
 
 @_operator.register_fake
 def _(x: Tensor, c: Tensor, flat: list[Tensor], *static: Any) -> list[Tensor]:
-    out, saved = forward(x, c, grouped(flat, static[-1]), Static(*static), _Fake)
+    given = Static(*static)
+    out, saved = forward(x, c, grouped(flat, given.counts), given, _Fake)
     return [out, *saved]
 
 
@@ -523,10 +582,11 @@ def _operator_backward(
     keep: str,
     dtype: torch.dtype,
     counts: list[int],
+    in_fp8: bool,
     wants: list[bool],
 ) -> list[Tensor]:
     """The wanted gradients, in the order of (x, c, *PARAMETERS)."""
-    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts))
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8)
     with torch.cuda.device_of(x):
         grads = backward(dout, x, c, grouped(flat, counts), saved, static, wants)
     return [grads[name] for name in _GRADIENTS if name in grads]
@@ -534,7 +594,7 @@ def _operator_backward(
 
 @_operator_backward.register_fake
 def _(dout: Tensor, x: Tensor, c: Tensor, flat: list[Tensor], saved: list[Tensor], *more: Any) -> list[Tensor]:
-    counts, wants = more[-2:]
+    counts, _, wants = more[-3:]
     return [like.new_empty(like.shape) for like in _likes(x, c, grouped(flat, counts), wants).values()]
 
 
@@ -548,12 +608,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, c, *rest = ctx.saved_tensors
     flat, saved = rest[: ctx.many], rest[ctx.many :]
-    counts = ctx.static[-1]
+    static = Static(*ctx.static)
+    counts = static.counts
     needs = ctx.needs_input_grad
     wants = [True, needs[1], *(any(group) for group in grouped(needs[2], counts))]
     found = iter(_operator_backward(grads[0], x, c, flat, saved, *ctx.static, wants))
     named = {name: next(found) for name, want in zip(_GRADIENTS, wants, strict=True) if want}
-    static = Static(*ctx.static)
     return (
         named["x"],
         named.get("c"),

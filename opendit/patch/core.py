@@ -41,6 +41,7 @@ class Choices:
     residual: str = "inherit"
     keep: str = "all"
     graphs: bool = False
+    fp8: bool = False
     sequence: Any = None  # an opendit.fastseq.Sequence where the tokens are spread over processes
 
     def kernel(self, name: str) -> str:
@@ -64,6 +65,7 @@ class Patched:
     _opendit_residual: ClassVar[str]
     _opendit_keep: ClassVar[str]
     _opendit_graphs: ClassVar[bool]
+    _opendit_fp8: ClassVar[bool]
     _opendit_sequence: ClassVar[Any]
     _opendit_around: ClassVar[tuple[type[Patched], ...]]
     _opendit_parameters: ClassVar[tuple[str, ...]]
@@ -132,6 +134,7 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices, a
         "_opendit_residual": choices.residual,
         "_opendit_keep": choices.keep,
         "_opendit_graphs": choices.graphs,
+        "_opendit_fp8": choices.fp8,
         "_opendit_sequence": choices.sequence,
         "_opendit_around": around,
         "_opendit_attention": choices.attention,

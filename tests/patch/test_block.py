@@ -492,7 +492,7 @@ def test_operators_keep_their_promises(keep: str, interpreter) -> None:
     flat = [p for name in PARAMETERS for p in leaves[name]]
     static: tuple[Any, ...] = (case.H, *case.eps, case.tanh, case.attention, keep, case.compute)
     counts = [len(leaves[name]) for name in PARAMETERS]
-    torch.library.opcheck(sound._operator, (leaves["x"][0], leaves["c"][0], flat, *static, counts))
+    torch.library.opcheck(sound._operator, (leaves["x"][0], leaves["c"][0], flat, *static, counts, False))
 
 
 def test_no_gradient_is_asked_for(interpreter) -> None:
