@@ -70,7 +70,8 @@ class BoosterConfig(Generic[OptimizerT]):
         precision: `"inherit"`: the caller's autocast and parameter dtypes decide. `"bf16"`, `"fp16"`: the model's
             forward runs under autocast and returns fp32; parameters must be fp32. `"fp16"` scales the loss by itself:
             the plain loop stays, and gradients are true ones wherever the caller sees them. `"fp32"`: autocast is off
-            in the forward. `"fp8"`: not implemented.
+            in the forward. `"fp8"`: bf16, and inside whole blocks the wide products are of rows in 8 bits
+            (docs/precision_and_ema.md); on Hopper GPUs and later, not timed there yet.
         skip_nonfinite: where a gradient is inf or NaN on any process, all skip that `optimizer.step()`: parameters,
             moments and EMA stay as they are, and so does a schedule given to `opendit.schedule`. A number: after so
             many in a row `opendit.NonFiniteGradients` is raised; `True`: 50; `None`: `True` where `precision` or `ema`
@@ -159,8 +160,8 @@ class BoosterConfig(Generic[OptimizerT]):
         for name, allowed in _CHOICES.items():
             _check_allowed(name, getattr(self, name), allowed)
         self._check_plugin()
-        if self.precision == "fp8":
-            raise NotImplementedError("precision='fp8' is part of the interface but not implemented yet; use 'bf16'")
+        if self.precision == "fp8" and self.engine != "torch":
+            raise ValueError("precision: got 'fp8' with engine='colossalai'; allowed: with engine='torch'. Take 'bf16'")
         skip: object = self.skip_nonfinite
         if not (skip is None or (isinstance(skip, int) and (isinstance(skip, bool) or skip > 0))):
             raise ValueError(

@@ -15,7 +15,7 @@ from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
 from opendit.kernels import backend as kernel_backend
-from opendit.kernels import spec
+from opendit.kernels import fp8, spec
 from opendit.patch.adaln import FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Edit, Plan, notes
@@ -83,6 +83,11 @@ def _spread(
         shape = video_shape(model, family)
         sequence = fastseq_choice.switching(cfg.sequence_parallel, *shape, sp_size, _device(model), itemsize)
         return dataclasses.replace(choices, sequence=sequence)
+    if cfg.precision == "fp8":
+        raise ValueError(
+            "precision: got 'fp8' with sp_size > 1; allowed: 'bf16' and others. Blocks run in parts there, and "
+            "products in 8 bits are those of whole blocks"
+        )
     if cfg.fusion == "block":
         raise ValueError(
             "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "
@@ -140,6 +145,8 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
         )
     ways = _ways(planner.edits)
     checkpointing = cfg.activation_checkpointing
+    if cfg.precision == "fp8":
+        _check_fp8(cfg, planner, "whole" in ways)
     if "whole" in ways:
         return
     if cfg.cuda_graphs or checkpointing == "selective":
@@ -156,6 +163,18 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
                 f"{field}: got {getattr(cfg, field)!r}, but no block of this model is fused, and only those can do that"
                 ". Leave it out, or use what the model itself has"
             )
+
+
+def _check_fp8(cfg: BoosterConfig, planner: Planner, whole: bool) -> None:
+    """Products in 8 bits are those of blocks that are one function."""
+    if cfg.fusion == "adaln":
+        raise ValueError("precision: got 'fp8' with fusion='adaln'; allowed: with 'auto' or 'block', for whole blocks")
+    if not whole:
+        raise ValueError(
+            "precision: got 'fp8', but no block of this model is fused as one function, and only those can do that: "
+            + "; ".join(sorted({kept.why for kept in planner.kept}))
+            + ". Take 'bf16'"
+        )
 
 
 def _ways(edits: Iterable[Edit]) -> set[str]:
@@ -183,6 +202,9 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         reason = attention.backend_unavailable(cfg.attention, device, None, None)
         if reason is not None:
             raise ValueError(f"attention: {cfg.attention!r} can't run here: {reason}")
+    reason = fp8.unavailable(device) if cfg.precision == "fp8" else None
+    if reason is not None:
+        raise ValueError(f"precision: 'fp8' can't run here: {reason}. Take 'bf16'")
     checkpointing = cfg.activation_checkpointing
     keep = checkpointing if isinstance(checkpointing, str) else "full" if checkpointing else "all"
     return Choices(
@@ -192,6 +214,7 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         residual=cfg.residual,
         keep=keep,
         graphs=cfg.cuda_graphs,
+        fp8=cfg.precision == "fp8",
     )
 
 
@@ -257,6 +280,11 @@ def _choices_in_words(choices: Choices, ways: set[str]) -> list[str]:
         rows = [f"  fusion: {choices.fusion}: {_FUSION[choices.fusion]}"]
     else:
         rows = [f"  fusion: {_FUSION['adaln'] if ways else 'no block is fused'}"]
+    if choices.fp8:
+        rows.append(
+            "  fp8: in blocks that are one function, qkv's and the MLP's products and their inputs' gradients are of "
+            "rows in 8 bits"
+        )
     if choices.residual != "inherit":
         rows.append(f"  residual stream under autocast: {choices.residual}")
     if choices.keep == "full" or (choices.keep == "selective" and "whole" in ways):

@@ -77,7 +77,11 @@ def test_optimizer_may_be_instance_or_factory():
         ({"attention": None}, TypeError, r"attention: got None"),
         ({"compile": "yes"}, TypeError, r"compile: got 'yes'; allowed: True or False"),
         ({"precision": "bf61"}, ValueError, r"precision: got 'bf61'; allowed: 'inherit', 'bf16'"),
-        ({"precision": "fp8"}, NotImplementedError, r"precision='fp8'.*not implemented yet"),
+        (
+            {"precision": "fp8", "engine": "colossalai", "plugin": "ddp"},
+            ValueError,
+            r"precision: got 'fp8' with engine='colossalai'; allowed: with engine='torch'",
+        ),
         *[
             ({"skip_nonfinite": bad}, ValueError, rf"skip_nonfinite: got {bad!r}; allowed: True, False, None, or")
             for bad in (0, -3, "yes", 2.5)

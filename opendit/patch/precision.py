@@ -78,7 +78,8 @@ class Fp16(Autocast):
         return tree_map(enters, super().forward(*args, **kwargs))
 
 
-MIXINS: dict[str, type[Autocast]] = {"bf16": Bf16, "fp16": Fp16, "fp32": Fp32}
+# fp8 is bf16 here; which products are of 8 bits is the blocks' business (opendit/patch/block.py).
+MIXINS: dict[str, type[Autocast]] = {"bf16": Bf16, "fp16": Fp16, "fp32": Fp32, "fp8": Bf16}
 
 
 def plan_precision(planner: Planner, model: nn.Module, precision: str) -> None:
@@ -97,7 +98,8 @@ def plan_precision(planner: Planner, model: nn.Module, precision: str) -> None:
             "model.float() first, or leave precision at 'inherit'"
         )
     mixin = MIXINS[precision]
-    what = {"fp32": "autocast off in its forward"}.get(precision, f"its forward under {precision} autocast, fp32 out")
+    lower = "bf16" if precision == "fp8" else precision
+    what = {"fp32": "autocast off in its forward"}.get(precision, f"its forward under {lower} autocast, fp32 out")
     for i, edit in enumerate(planner.edits):
         if edit.fqn == "":
             planner.edits[i] = Edit("", edit.mixin, f"{edit.what}; {what}", (mixin, *edit.around))
