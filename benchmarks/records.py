@@ -35,6 +35,7 @@ LABELS = {
     "torch.compile bf16 weights": "`torch.compile`, bf16 weights and fp32 masters",
     "opendit": '**`accelerate(model, "train")`**',
     "opendit compiled": '`torch.compile(accelerate(model, "train"))`',
+    "opendit fp8": '`"train"` with `precision="fp8"`',
 }
 # Before there were recipes with more than one ingredient, "opendit" was accelerate(model).
 OLD_LABELS = LABELS | {

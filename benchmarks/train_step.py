@@ -11,6 +11,7 @@
     torch.compile bf16 weights  a compiled bf16 model, fp32 master weights kept by the script; no autocast
     opendit                     opendit.accelerate(model, "train", optimizer=optimizer), bf16 autocast
     opendit compiled            torch.compile of that model
+    opendit fp8                 that model with precision="fp8", where it is asked for by name
 
 Variants run one after another in one process, from the same weights, on the same data (benchmarks/training.py). Before
 a speed is printed, the first losses must be the first variant's, and what opendit changed must train as fp32 does, as
@@ -34,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import RESULTS, caches_are_empty, empty_caches, host_ms, synchronize, time_steps, write_results
 from benchmarks.parity import Reference
-from benchmarks.training import LADDER, VARIANTS, Training, Variant, clean_up, make_model
+from benchmarks.training import LADDER, OPT_IN, VARIANTS, Training, Variant, clean_up, make_model
 from examples.models.dit import DIT_MODELS
 
-ALL = VARIANTS | LADDER
+ALL = VARIANTS | LADDER | OPT_IN
 PARITY_TOKENS = 4096  # from here on blocks use the layouts of large batches
 # Losses of bf16 variants scatter by rounding; a wrong kernel is off by far more.
 TOLERANCE = 0.02

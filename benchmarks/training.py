@@ -78,6 +78,17 @@ LADDER: dict[str, Variant] = {
     ),
     "whole block, bf16 residual": Variant(booster={"residual": "bf16"}),
 }
+# Asked for by name only: another arithmetic, on GPUs that have it.
+OPT_IN: dict[str, Variant] = {
+    "opendit fp8": Variant(
+        booster={
+            "activation_checkpointing": "selective",
+            "cuda_graphs": True,
+            "precision": "fp8",
+            "skip_nonfinite": False,  # no variant looks at its gradients
+        }
+    ),
+}
 
 
 def make_model(name: str, image_size: int, device: torch.device) -> DiT:
