@@ -54,7 +54,8 @@ class Preparation:
     def _same_settings_or_new(self) -> None:
         path = self.folder / "settings.json"
         if path.is_file():
-            old = json.loads(path.read_text())
+            begun = any(self.folder.glob("*.safetensors"))  # else it ended in a mistake, and binds to nothing
+            old = json.loads(path.read_text()) if begun else self.settings
             for name in self.settings.keys() | old.keys():
                 if old.get(name) != self.settings.get(name):
                     raise ValueError(

@@ -50,9 +50,12 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Features:
-        if pixels.ndim == 4 or self.takes_clips:
-            return self.compute(pixels)
-        features, logits = self.compute(pixels.flatten(0, 1))
+        whole = pixels.ndim == 4 or self.takes_clips
+        # Not TF32, PyTorch's default for convolutions: others' statistics were made without.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features, logits = self.compute(pixels if whole else pixels.flatten(0, 1))
+        if whole:
+            return features, logits
         features = features.unflatten(0, pixels.shape[:2])
         logits = None if logits is None else logits.unflatten(0, pixels.shape[:2]).mean(1)
         return torch.cat([features.mean(1), features.diff(dim=1).abs().mean(1)], 1), logits

@@ -234,9 +234,10 @@ def test_mistakes_cost_one_line(nets, tmp_path, monkeypatch, capfd, kind, argume
     assert words in mistake(monkeypatch, capfd, kind, *fixed, *arguments)
 
 
-def test_latents_are_opened_only_as_what_they_are(nets, tmp_path, monkeypatch):
+def test_latents_are_opened_only_as_what_they_are(nets, tmp_path, monkeypatch, capfd):
     root = image_folder(tmp_path / "data", per_class=1)
     out = tmp_path / "out"
+    mistake(monkeypatch, capfd, "image", "--data_path", root, "--out", out, "--vae", nets / "typo")  # spoils nothing
     preprocess(
         monkeypatch,
         "image",
