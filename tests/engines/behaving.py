@@ -307,7 +307,7 @@ def _count(profiled: Any, word: str) -> int:
 
 
 def names_and_places() -> dict[str, Any]:
-    """Whether the state dict's keys stay, which parameters are whole and unchanged; the part held here."""
+    """Whether keys stay, which parameters are whole, whether they are unchanged; the part of others that is here."""
     keys = list(tiny_of("dit")[1].state_dict())
     frozen = tiny_of("dit")[1].pos_embed
     found: dict[str, Any] = {}

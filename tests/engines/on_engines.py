@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.engines import behaving, mutants
 from tests.engines.training import PLUGINS, case
+from tests.launch import of_every_rank
 
 # Plugins, models and sequence sizes; the others are `on_more_engines`'.
 GRID = {
@@ -30,3 +31,8 @@ def parity(names: list[str]) -> dict[str, Any]:
 
 def cases(world: int) -> dict[str, Any]:
     return {**parity(names(world)), **behaving.cases(world), **mutants.cases(world)}
+
+
+def of(case: str, world: int = 2) -> list[Any]:
+    """What `case` returned on each rank. All cases of a world are one start: give it the time."""
+    return of_every_rank(__name__, world, case, limit=600.0)

@@ -8,14 +8,10 @@ import re
 import pytest
 
 from tests.engines import behaving
+from tests.engines.on_engines import of
 from tests.engines.training import MICROS, PLUGINS, STEPS, check
-from tests.launch import of_every_rank
 
 DIVIDING = behaving.DIVIDING
-
-
-def of(case: str, world: int = 2) -> list:
-    return of_every_rank("tests.engines.on_engines", world, case)
 
 
 @pytest.mark.parametrize(("plugin", "kind"), behaving.CHECKPOINTED)
