@@ -43,7 +43,7 @@ def checksums(pieces: Mapping[str, Piece], tables: Sequence[Mapping[str, Row]], 
         values = torch.view_as_real(values) if values.is_complex() else values
         total = values.view(_WHOLE_NUMBERS[values.element_size()]).sum(dtype=torch.int64)
         sums.setdefault(values.device, []).append((key, total))
-    found = {}
+    found: dict[str, int] = {}
     for rows in sums.values():
         numbers = torch.stack([total for _, total in rows]).tolist()  # one wait for each device
         found.update((key, n) for (key, _), n in zip(rows, numbers, strict=True))
