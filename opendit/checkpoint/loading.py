@@ -188,18 +188,23 @@ class _Pending:
         if run.optimizer is not None and "optimizer" in self._items:
             self._optimizer = OptimizerLoad(run.optimizer, run.model, self._shared["optimizer"], self._shards.records)
             self._pieces.update(self._optimizer.pieces)
-        self._check_pieces(self._pieces, ("model", *(("ema",) if run.ema is not None else ())))
+        with_ema = run.ema is not None and "ema" in self._items
+        self._check_pieces(self._pieces, ("model", "ema") if with_ema else ("model",))
 
     def _chosen(self, leave: frozenset[str]) -> list[str]:
         """The names of what is loaded: all that is there, all that was given."""
         saved = [name for name in self._shared if name not in _ALWAYS]
         given = [name for name in self._run.items() if name not in leave]
-        unknown = sorted(leave - {*saved, "rng"})
+        known = list(dict.fromkeys([*saved, *self._run.items(), "rng"]))
+        unknown = sorted(leave - set(known))
         if unknown:
-            raise CheckpointError(f"leave: got {unknown}; allowed: what the checkpoint holds: {[*saved, 'rng']}")
+            raise CheckpointError(f"leave: got {unknown}; allowed: {known}")
         for name in [*_ALWAYS, *given]:
             if name not in self._shared:
-                raise CheckpointError(f"{name}: was given, but the checkpoint does not hold it (it has {saved})")
+                raise CheckpointError(
+                    f"{name}: load has one, but the checkpoint does not hold it (it has {saved}); pass none, or "
+                    f"leave=({name!r},) to go on with the present one"
+                )
         for name in saved:
             if name not in given and name not in leave:
                 raise CheckpointError(

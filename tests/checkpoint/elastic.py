@@ -79,19 +79,25 @@ class Run:
             24, 4, seed=5, rank=opendit.data_parallel_rank(model), ranks=opendit.data_parallel_size(model)
         )
 
-    def train(self, steps: int) -> None:
+    def train(self, steps: int) -> float:
+        """The last step's loss, over all processes."""
         self.model.eval()  # no label drop: it would draw from torch
+        loss = torch.tensor(0.0)
         done = self.sampler.position // 4
         for step, _ in zip(range(done, done + steps), self.sampler.over(self.sampler), strict=False):
             ids = self.sampler.ids
             noise = opendit.noise((4, 4, 4), 0, step, ids, dtype=torch.float64)
             t = opendit.timesteps(1000, 0, step, ids)
-            self.model(noise, t, t % 3).square().mean().backward()
+            loss = self.model(noise, t, t % 3).square().mean()
+            loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.scheduler.step()
             if step == done + steps - 1:
                 break
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        return loss.item() / dist.get_world_size()
 
     @torch.no_grad()
     def look(self) -> None:
@@ -151,8 +157,9 @@ def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
             opendit.seed(3, opendit.api.unwrap(run.model))
             opendit.save(folder / _name(saved), run.model, run.optimizer, step=2, **run.parts())
             facts = run.facts()
+            next_loss = run.train(1)
             if rank == 0:
-                torch.save(facts, folder / f"{_name(saved)}.facts")
+                torch.save((facts, next_loss), folder / f"{_name(saved)}.facts")
             dist.barrier()
     for loaded in dict.fromkeys(target for _, target in pairs):
         if not world.enter(loaded[0] * loaded[1]):
@@ -162,7 +169,7 @@ def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
             what = f"{_name(saved)} → {_name(loaded)}"
             run.look()
             opendit.load(folder / _name(saved), run.model, run.optimizer, **run.parts())
-            expected = torch.load(folder / f"{_name(saved)}.facts", weights_only=False)
+            expected, next_loss = torch.load(folder / f"{_name(saved)}.facts", weights_only=False)
             found[what] = differences(run.facts(), expected)
             # All processes of a group draw alike, different groups do not.
             drawn = together.everyones(torch.rand(1).item())
@@ -171,7 +178,10 @@ def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
                 found[what].append("random states differ in a group")
             if len(set(groups.values())) < len(groups):
                 found[what].append("random states are equal in different groups")
-            run.train(1)  # it goes on
+            # It goes on with the same samples, noise and timesteps.
+            loss = run.train(1)
+            if abs(loss - next_loss) > 1e-12 * next_loss:
+                found[what].append(f"the next loss is {loss}, not {next_loss}")
     world.enter(4)
     return found
 

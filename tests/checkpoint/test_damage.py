@@ -255,7 +255,7 @@ def test_cut_off_after_any_change_of_the_disk(tmp_path, monkeypatch, keep):
             break
         points += 1
     assert seen == {1, 2}
-    assert points >= 15
+    assert points >= 12
 
 
 def test_named_and_not_yet_the_latest(tmp_path, monkeypatch):
