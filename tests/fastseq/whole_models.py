@@ -21,9 +21,9 @@ MICROS = (1, 2)
 # The first tiny model of each family that can be spread: four heads and three, 9 tokens, neither divides. Norms with
 # weights on q and k, heads of 20: with two processes only.
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
-# Four processes: every layout for two families; for others those that the layouts between are made of.
-ALL_WAYS = ("dit", "diffusers")
-SOME_WAYS = ((4, "fastseq"), (4, "usp"), (2, "ulysses"))
+# Every layout for those whose attention is of a kind of its own; for others those that the layouts are made of.
+ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers")
+SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
 MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd"), 4: FIRST}
 
 
@@ -33,7 +33,7 @@ def sizes(world: int) -> list[int]:
 
 def names(world: int) -> list[str]:
     found = itertools.product(MODELS[world], sizes(world), METHODS)
-    return ["/".join(map(str, c)) for c in found if world == 2 or c[0] in ALL_WAYS or c[1:] in SOME_WAYS]
+    return ["/".join(map(str, c)) for c in found if c[0] in ALL_WAYS or c[1:] in SOME_WAYS[world]]
 
 
 def cases(world: int) -> dict[str, Any]:
