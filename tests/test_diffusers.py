@@ -270,7 +270,7 @@ def model_with_fused_scaled(model: nn.Module) -> nn.Module:
 
 
 # Of diffusers' own, its DiT refuses to be offloaded in groups; in one PixArt norms have weights to be loaded.
-OFFLOADED = [t for t in TINY if t.name in ("pixart", "pixart-plain-text", "diffusers-latte")]
+OFFLOADED = [t for t in TINY if t.name in ("pixart", "pixart-sizes", "diffusers-latte")]
 
 
 @pytest.mark.parametrize("tiny", OFFLOADED, ids=lambda t: t.name)

@@ -455,7 +455,7 @@ def _diffusers_latte(**options: Any) -> nn.Module:
         "num_layers": 2,
         "cross_attention_dim": 48,
         "attention_bias": True,
-        "sample_size": 6,
+        "sample_size": 4,
         "patch_size": 2,
         "activation_fn": "gelu-approximate",
         "num_embeds_ada_norm": 1000,
@@ -468,7 +468,7 @@ def _diffusers_latte(**options: Any) -> nn.Module:
     return LatteTransformer3DModel(**{**config, **options})
 
 
-def _diffusers_latte_inputs(frames: int = 3, height: int = 6, width: int = 6, masked: bool = True):
+def _diffusers_latte_inputs(frames: int = 3, height: int = 4, width: int = 4, masked: bool = True):
     """The model repeats its text for every frame, but not the mask: pipelines pass one row per frame, or none."""
 
     def inputs(dtype: torch.dtype, device: torch.device):
@@ -510,20 +510,19 @@ TINY = [
     ),
     Tiny("pixart", "diffusers_pixart", _pixart, _pixart_inputs(10), _sample, whole=False),
     Tiny(
-        "pixart-alpha-sizes",
+        "pixart-sizes",  # wide, with micro-conditions, text as wide as it comes, weights in the norms
         "diffusers_pixart",
         lambda: _pixart(
-            use_additional_conditions=True, attention_bias=False, num_attention_heads=4, attention_head_dim=12
+            num_attention_heads=4,
+            attention_head_dim=12,
+            use_additional_conditions=True,
+            attention_bias=False,
+            caption_channels=None,
+            cross_attention_dim=20,
+            norm_elementwise_affine=True,
+            norm_eps=1e-3,
         ),
-        _pixart_inputs(10, 4, 10, sizes=True),
-        _sample,
-        whole=False,
-    ),
-    Tiny(
-        "pixart-plain-text",
-        "diffusers_pixart",
-        lambda: _pixart(caption_channels=None, cross_attention_dim=20, norm_elementwise_affine=True, norm_eps=1e-3),
-        _pixart_inputs(20, 8, 6, masked=False),
+        _pixart_inputs(20, 4, 10, sizes=True, masked=False),
         _sample,
         whole=False,
     ),
@@ -532,7 +531,7 @@ TINY = [
         "diffusers-latte-wide",
         "diffusers_latte",
         lambda: _diffusers_latte(attention_bias=False, num_attention_heads=4, attention_head_dim=12, video_length=2),
-        _diffusers_latte_inputs(2, 4, 10, masked=False),
+        _diffusers_latte_inputs(2, 4, 6, masked=False),
         _sample,
         whole=False,
     ),

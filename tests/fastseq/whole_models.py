@@ -23,9 +23,9 @@ MICROS = (1, 2)
 # weights on q and k, heads of 20: with two processes only.
 # Latte: 3 frames and 5, the last two of them images; 4 tokens of a frame; its positions in time are trained too.
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
-# Four processes: every layout for some families; for others those that the layouts between are made of.
-ALL_WAYS = ("dit", "diffusers", "latte", "latte-img")
-SOME_WAYS = ((4, "fastseq"), (4, "usp"), (2, "ulysses"))
+# Every layout for those whose attention or way is of a kind of its own; for others those that the layouts are made of.
+ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img")
+SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
 MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"), 4: (*FIRST, "latte-img")}
 
 
@@ -39,7 +39,7 @@ def sizes(world: int) -> list[int]:
 
 def names(world: int) -> list[str]:
     found = [(name, sp, m) for name in MODELS[world] for sp in sizes(world) for m in methods_of(name)]
-    return ["/".join(map(str, c)) for c in found if world == 2 or c[0] in ALL_WAYS or c[1:] in SOME_WAYS]
+    return ["/".join(map(str, c)) for c in found if c[0] in ALL_WAYS or c[1:] in SOME_WAYS[world]]
 
 
 def cases(world: int) -> dict[str, Any]:

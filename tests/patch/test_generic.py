@@ -13,7 +13,8 @@ from torch import nn
 import opendit
 from opendit.patch.registry import GENERIC, Family, Trait, register_family
 from tests.comparing import Results, build, run, twin, worst
-from tests.tiny_models import TINY, Mlp, NewAttention, OldAttention, Tiny, UserDiT, randomise
+from tests.patch.test_families import first_of_each_family
+from tests.tiny_models import Mlp, NewAttention, OldAttention, Tiny, UserDiT, randomise
 
 
 class Layer(nn.Module):
@@ -91,7 +92,7 @@ def test_what_is_recognised_is_edited_and_the_rest_is_named():
     assert "a LayerNorm on its own stays torch's" in said
 
 
-@pytest.mark.parametrize("tiny", TINY, ids=lambda t: t.name)
+@first_of_each_family
 def test_known_models_as_strangers(tiny: Tiny):
     model = build(tiny, torch.float64)
     fast = opendit.accelerate(twin(model), family="generic")

@@ -296,6 +296,34 @@ def mlp_without_bias(model):
     model.blocks[1].mlp.fc1 = nn.Linear(48, 192, bias=False)
 
 
+@miss("dit", left="blocks.1 blocks.1.mlp", fused="blocks.1.attn")
+def a_block_like_lightningdits(model):
+    """Root mean square norms, rotated q and k, a gated MLP: today the attention runs as its own forward has it."""
+
+    def rotate(x):
+        angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] / torch.arange(1, 7, dtype=x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+    def attention(self, x, rope=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (q, k) if rope is None else (rope(q), rope(k))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x, c, rope=rotate):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts(self, c)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rope=rope)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    block = model.blocks[1]
+    block.norm1, block.norm2 = nn.RMSNorm(48), nn.RMSNorm(48)
+    block.attn.q_norm, block.attn.k_norm = nn.RMSNorm(12), nn.RMSNorm(12)
+    becomes(block.attn, attention)
+    becomes(block, forward)
+    mlp_with_a_gate(model)
+
+
 @miss("dit", left="blocks.1.mlp", fused="blocks.1")
 def mlp_with_a_gate(model):
     def forward(self, x):

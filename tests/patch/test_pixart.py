@@ -142,7 +142,7 @@ def test_blocks_of_another_kind_are_left_alone(norm):
 
 
 def test_sizes_are_conditions():
-    tiny = next(t for t in TINY if t.name == "pixart-alpha-sizes")
+    tiny = next(t for t in TINY if t.name == "pixart-sizes")
     model = build(tiny, F64)
     fast = opendit.accelerate(twin(model))
     error, name = worst(run(fast, tiny), run(model, tiny))

@@ -42,7 +42,7 @@ class DispatchedAttention(SpreadAttention):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if any(a is not None and a is not False for a in (*args, *kwargs.values())):
-            return self._upstream("a mask was given", x, *args, **kwargs)
+            return self._upstream("a mask or another argument was given", x, *args, **kwargs)
         if self.training and self.attn_drop.p:
             return self._upstream("dropout active in attention", x)
         if hooked(self.attn_drop):
