@@ -7,6 +7,7 @@ after its own checks, may leave a part of the model sharded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -113,7 +114,8 @@ def accelerate(
                 optimizer = optim.build(optimizer, target)
             placed = Placed(model, optimizer, ())
     except BaseException:
-        core.unapply(target)
+        with contextlib.suppress(ValueError):  # classes that an engine put on top stay
+            core.unapply(target)
         raise
     training.remember(target, cfg, sp_size, engine, placed)
     if engine is not None:

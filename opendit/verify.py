@@ -111,6 +111,11 @@ def verify(
     cfg = BoosterConfig.of(booster_cfg)
     if cfg.optimizer is not None:
         raise ValueError("booster_cfg: it has an optimizer; allowed here: the argument `optimizer`, a factory")
+    if cfg.plugin is not None:
+        raise ValueError(
+            f"booster_cfg: got plugin={cfg.plugin!r}; allowed here: None. verify averages gradients itself; leave "
+            "plugin out"
+        )
     if optimizer is not None and (isinstance(optimizer, Optimizer) or not callable(optimizer)):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}; allowed: a factory of the parameters, or None")
     if not isinstance(batch, (Sequence, Mapping)) or isinstance(batch, str) or not batch:

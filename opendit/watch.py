@@ -140,7 +140,16 @@ class Watch:
             if now - last > 3 * self.view.interval:
                 self._was_away(now)
             last = now
+            if dist.group.WORLD is not self.world:  # destroyed: nobody waits for anybody any more
+                self._leave()
+                return
             self.end_if(self.view.verdict(now, self.steps))
+
+    def _leave(self) -> None:
+        self.status = "done"
+        with contextlib.suppress(RuntimeError, ValueError):
+            self.beat()
+        self.closed.set()
 
     def _was_away(self, now: float) -> None:
         """This process itself stood still, so it can't say anything of the others."""

@@ -23,10 +23,11 @@ DIVIDING = tuple(p for p in PLUGINS if p != "ddp")
 
 def cases(world: int) -> dict[str, Any]:
     if world == 4:
-        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero1", "zero3")}
+        found: dict[str, Any] = {f"nodes/{p}": functools.partial(nodes, p) for p in ("zero3",)}
         return found | {"uneven nodes": uneven_nodes}
     found = {f"checkpointing/{p}/{kind}": functools.partial(checkpointing, p, kind) for p, kind in CHECKPOINTED}
-    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero2", "zero3")}
+    found |= {f"whole blocks/{p}/{kind}": functools.partial(whole_blocks, p, kind) for p, kind in WHOLE}
+    found |= {f"compiled blocks/{p}": functools.partial(compiled, p) for p in ("ddp", "zero3")}
     found |= {f"bf16 reduction/{p}": functools.partial(bf16_reduction, p) for p in ("zero1", "gemini")}
     found |= {f"state/{p}": functools.partial(state_from_before, p) for p in ("ddp", "zero2", "gemini")}
     for plugin in PLUGINS:
@@ -44,6 +45,7 @@ def cases(world: int) -> dict[str, Any]:
     return found
 
 
+WHOLE = [("ddp", "full"), ("zero3", "selective"), ("gemini", "full")]
 CHECKPOINTED = [
     ("ddp", "full"),
     ("zero2", "selective"),
@@ -54,6 +56,24 @@ CHECKPOINTED = [
 
 def checkpointing(plugin: str, kind: str) -> dict[str, Any]:
     return case(plugin, "dit", 2 if kind == "full" else 1, activation_checkpointing=kind)
+
+
+def whole_blocks(plugin: str, keep: str) -> tuple[int, dict[str, Any]]:
+    """Blocks as one function each: how many ran so, and errors. Plain torch stands for the kernels."""
+    import pytest
+
+    from opendit.patch import adaln, block
+    from tests.patch.plain_kernels import use_plain_kernels
+
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        use_plain_kernels(patch, block)
+        patch.setattr(adaln, "resolve", lambda *_: "triton")  # which compute in fp64 here
+        original = adaln.adaln_block
+        patch.setattr(adaln, "adaln_block", lambda *args: ran.append(keep) or original(*args))
+        config = {"kernels": "auto", "fusion": "block", "attention": "sdpa-flash", "activation_checkpointing": keep}
+        errors = case(plugin, "dit", 1, **config)
+    return len(ran), errors
 
 
 def _mean_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -287,14 +307,16 @@ def _count(profiled: Any, word: str) -> int:
 
 
 def names_and_places() -> dict[str, Any]:
-    """Keys of the state dict, and which parameters are whole."""
+    """Whether keys stay, which parameters are whole, whether they are unchanged; the part of others that is here."""
     keys = list(tiny_of("dit")[1].state_dict())
     frozen = tiny_of("dit")[1].pos_embed
     found: dict[str, Any] = {}
     for plugin in DIVIDING:
         model, *_ = on(plugin, "dit", 1)
         left = [n for n, p in model.named_parameters() if not hasattr(p, "placements")]
-        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen))
+        divided = [p for p in model.parameters() if hasattr(p, "placements")]
+        part = sum(p.to_local().numel() for p in divided) / sum(p.numel() for p in divided)
+        found[plugin] = (list(model.state_dict()) == keys, left, torch.equal(model.pos_embed, frozen), part)
     return found
 
 

@@ -9,7 +9,17 @@ from tests.engines.on_engines import parity
 from tests.engines.training import PLUGINS
 
 MODELS = {
-    2: ("dit-qk-norm", "sit-odd", "fast-dit-patch4", "example", "latte", "latte-text", "latte-img", "diffusers-affine"),
+    2: (
+        "dit-qk-norm",
+        "sit-odd",
+        "fast-dit-patch4",
+        "example",
+        "latte",
+        "latte-text",
+        "latte-img",
+        "diffusers",
+        "diffusers-affine",
+    ),
     4: ("dit", "sit-odd", "latte", "diffusers"),
 }
 

@@ -37,7 +37,7 @@ def main(plugin: str, sp_size: int) -> None:
         optimizer.zero_grad()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     if dist.get_rank() == 0:
-        place = getattr(next(model.parameters()), "placements", "whole")
+        place = getattr(next(p for p in model.parameters() if p.requires_grad), "placements", "whole")
         print(f"world {dist.get_world_size()}, {place}, {sum(p.detach().abs().sum().item() for p in whole):.12f}")
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import opendit
+from tests.tiny_models import UserDiT
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,11 +48,14 @@ def test_without_a_launcher_it_is_a_world_of_one():
     assert placements == "(Shard(dim=0),)"
 
 
-def test_several_processes_of_another_launcher_are_not_left_alone():
-    process = start(plugin="ddp", SLURM_NTASKS="4")
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode
-    assert "SLURM_NTASKS says that there are several processes; start with `torchrun" in errors
+def test_several_processes_of_another_launcher_are_not_left_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    model = UserDiT()
+    with pytest.raises(ValueError, match=r"plugin: got 'ddp', but .* SLURM_NTASKS says that .* start with `torchrun"):
+        opendit.accelerate(model, {"plugin": "ddp"})
+    assert opendit.patch.core.plan_of(model) is None
 
 
 @pytest.mark.slow

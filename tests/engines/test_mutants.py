@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.engines import mutants
-from tests.launch import of_every_rank
+from tests.engines.on_engines import of
 
 
 @pytest.mark.parametrize("case", list(mutants.cases(2)))
 def test_is_seen(case: str):
-    assert max(of_every_rank("tests.engines.on_engines", 2, case)) > 1e-4
+    assert max(of(case)) > 1e-4

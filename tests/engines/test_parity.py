@@ -11,7 +11,7 @@ from tests.launch import of_every_rank
 
 @pytest.mark.parametrize(("world", "case"), [(w, name) for w in (2, 4) for name in on_engines.names(w)])
 def test_as_one_device(world: int, case: str):
-    for errors in of_every_rank("tests.engines.on_engines", world, case):
+    for errors in on_engines.of(case, world):
         check(errors)
 
 
