@@ -192,10 +192,9 @@ class _ZeroGradients:
             return []
         if self.stage == 2:
             return [nn.functional.pad(share.of(grad), (0, share.size - share.length)).clone()]
-        everything = nn.functional.pad(
-            grad.detach().reshape(-1), (0, share.size * dist.get_world_size() - grad.numel())
-        )
-        return list(torch.split(everything.clone(), share.size))
+        padding = share.size * dist.get_world_size() - grad.numel()
+        everything = nn.functional.pad(grad.detach().reshape(-1), (0, padding)).clone()
+        return list(torch.split(everything, share.size))
 
     def step(self) -> None:
         if self._local or not self.boosted.require_grad_sync:

@@ -49,9 +49,8 @@ def main(plugin: str, sp: int) -> dict[str, Any]:
         found["losses"].append(max(abs(a / b - 1) for a, b in zip(losses, expected[2 * share :], strict=False)))
         norms = [float(nn.utils.clip_grad_norm_(m.parameters(), 0.05)) for m in (placed, alone)]
         found["norms"].append(abs(norms[0] / norms[1] - 1))
-        pairs = [
-            (p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters(), strict=True) if p.requires_grad
-        ]
+        both = zip(model.parameters(), alone.parameters(), strict=True)
+        pairs = [(p.grad, q.grad) for p, q in both if p.requires_grad]
         found["gradients"].append(apart([(_whole(a).float(), b) for a, b in pairs]))
         for o in (optimizer, reference):
             o.step()
