@@ -217,6 +217,7 @@ def restore(model: ModelT) -> ModelT:
         model = cast(ModelT, known.engine.undo(wrapper) if wrapper is not None else target)
     core.unapply(target)
     attaching.take_out(target)
+    recording.forget(target)
     training.forget(target)
     from opendit.patch import graphs
 

@@ -5,48 +5,45 @@ Pieces of averages are named `label/parameter`; writing to them loads them.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from opendit import ema
-from opendit.attached import Attached, attach
+from opendit.attached import Attached, attach, detach
 from opendit.pieces import Piece
 from opendit.stepping import stepper_of
 
 
 def record(model: nn.Module) -> None:
     """Makes what `accelerate` attached to `model` (unwrapped) part of its checkpoints."""
+    forget(model)
     stepper = stepper_of(model)
     if stepper is None:
         return
-    this = weakref.ref(model)
-
-    def alive() -> nn.Module:
-        found = this()
-        assert found is not None
-        return found
-
-    def state() -> Mapping[str, Any]:
-        found = stepper_of(alive())
-        return {} if found is None else found.state()
-
-    def load(values: Mapping[str, Any]) -> None:
-        found = stepper_of(alive())
-        if found is not None:
-            found.load(dict(values))
-
-    attach(model, "steps", Attached(state, load))
+    attach(model, "steps", Attached(_steps, _load_steps))
     if stepper.ema is not None:
+        attach(model, "ema", Attached(ema.description, ema.load_description, _averages))
 
-        def pieces() -> dict[str, Piece]:
-            averages = ema.pieces(alive())
-            return {f"{label}/{name}": piece for label, found in averages.items() for name, piece in found.items()}
 
-        attach(
-            model,
-            "ema",
-            Attached(lambda: ema.description(alive()), lambda values: ema.load_description(alive(), values), pieces),
-        )
+def forget(model: nn.Module) -> None:
+    """Undoes `record`."""
+    for name in ("steps", "ema"):
+        detach(model, name)
+
+
+def _steps(model: nn.Module) -> Mapping[str, Any]:
+    stepper = stepper_of(model)
+    return {} if stepper is None else stepper.state()
+
+
+def _load_steps(model: nn.Module, values: Mapping[str, Any]) -> None:
+    stepper = stepper_of(model)
+    if stepper is not None:
+        stepper.load(dict(values))
+
+
+def _averages(model: nn.Module) -> Mapping[str, Piece]:
+    averages = ema.pieces(model)
+    return {f"{label}/{name}": piece for label, found in averages.items() for name, piece in found.items()}
