@@ -41,7 +41,7 @@ def test_a_checkpoint_with_averages_does_not_load_into_a_model_without(tmp_path)
     model, optimizer = trained(1)
     opendit.save(tmp_path, model, optimizer, step=1)
     plain = UserDiT()
-    with pytest.raises(opendit.CheckpointError, match="steps|ema"):
+    with pytest.raises(opendit.CheckpointError, match=r"steps|ema"):
         opendit.load(tmp_path, plain, torch.optim.AdamW(plain.parameters()))
 
 
