@@ -113,3 +113,21 @@ def test_saved_by_one_engine_is_loaded_by_another_and_by_one_process() -> None:
     opendit.load(first["folder"], alone.model, alone.optimizer, scheduler=alone.schedule)
     assert any(name.startswith("ema 0.9") for name in first["saved"])
     assert differing(alone.facts(), first["saved"]) == []
+
+
+def test_averages_do_not_load_into_a_model_without_any(tmp_path: Path) -> None:
+    run = Run(0)
+    run.train(1)
+    opendit.save(tmp_path, run.model, run.optimizer, step=1)
+    plain = UserDiT(size=4, dim=16, heads=2, depth=2)
+    with pytest.raises(opendit.CheckpointError, match=r"stepping|ema"):
+        opendit.load(tmp_path, plain, torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad]))
+
+
+def test_a_restored_model_has_no_averages_to_save(tmp_path: Path) -> None:
+    run = Run(0)
+    run.train(1)
+    opendit.restore(run.model)
+    opendit.save(tmp_path, run.model, run.optimizer, step=1)
+    plain = UserDiT(size=4, dim=16, heads=2, depth=2)
+    opendit.load(tmp_path, plain, torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad]))
