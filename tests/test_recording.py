@@ -1,4 +1,4 @@
-"""What an accelerated model's checkpoints keep of its optimizer's steps: tests/examples shows that runs resume exactly."""
+"""What checkpoints keep of an accelerated model's steps: tests/examples shows that runs resume exactly."""
 
 import pytest
 import torch
