@@ -169,9 +169,9 @@ def test_overflow_on_one_process_skips_the_step_on_all(kind):
 
 @pytest.mark.slow
 def test_over_four_processes():
-    for ours, theirs in of_every_rank(CASES, 4, "gradients/hybrid"):
+    for ours, theirs in of_every_rank(CASES, 4, "gradients/hybrid", 500.0):
         assert ours <= 1.2 * theirs
-    assert of_every_rank(CASES, 4, "overflow/hybrid") == [[]] * 4
+    assert of_every_rank(CASES, 4, "overflow/hybrid", 500.0) == [[]] * 4
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if "scale" in m])
