@@ -222,3 +222,9 @@ def test_on_a_gpu(name):
         assert p.grad is None or (p.grad - q.grad).norm() <= 0.1 * q.grad.norm() + 1e-6
     optimizer.step()
     assert stepping.stepper_of(model).state()["taken"] == 1
+
+
+def test_verify_compares_in_the_configs_precision():
+    report = opendit.verify(randomise(UserDiT()), samples(0), {"precision": "bf16", "ema": 0.9}, quiet=True)
+    assert report, report
+    assert "gradients, bfloat16" in [row.what for row in report.rows]
