@@ -169,9 +169,9 @@ def test_overflow_on_one_process_skips_the_step_on_all(kind):
 
 @pytest.mark.slow
 def test_over_four_processes():
-    for ours, theirs in of_every_rank(CASES, 4, "gradients/hybrid"):
+    for ours, theirs in of_every_rank(CASES, 4, "gradients/hybrid", 500.0):
         assert ours <= 1.2 * theirs
-    assert of_every_rank(CASES, 4, "overflow/hybrid") == [[]] * 4
+    assert of_every_rank(CASES, 4, "overflow/hybrid", 500.0) == [[]] * 4
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if "scale" in m])
@@ -222,3 +222,9 @@ def test_on_a_gpu(name):
         assert p.grad is None or (p.grad - q.grad).norm() <= 0.1 * q.grad.norm() + 1e-6
     optimizer.step()
     assert stepping.stepper_of(model).state()["taken"] == 1
+
+
+def test_verify_compares_in_the_configs_precision():
+    report = opendit.verify(randomise(UserDiT()), samples(0), {"precision": "bf16", "ema": 0.9}, quiet=True)
+    assert report, report
+    assert "gradients, bfloat16" in [row.what for row in report.rows]
