@@ -222,7 +222,7 @@ def _watch(cfg: BoosterConfig[Any], placed: Placed) -> None:
     from opendit.watch import watch
 
     watching = watch(cfg.timeout or DEFAULT_TIMEOUT)
-    if watching is not None and placed.optimizer is not None:
+    if watching is not None and isinstance(placed.optimizer, Optimizer):
         placed.optimizer.register_step_post_hook(watching.step_done)
     elif watching is not None:
         placed.model.register_forward_hook(lambda m, *_: watching.step_done() if m.training else None)
