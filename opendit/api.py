@@ -74,7 +74,8 @@ def accelerate(
         model: a model of a known family (any, see `family`), plain or wrapped by `torch.compile` or DDP. It is edited
             in place; parameters, buffers and state-dict keys stay the same objects and names.
         booster_cfg: a `BoosterConfig`, a mapping of its fields, or a recipe (`"train"`, `"sample"`).
-        optimizer: an optimizer on the model's parameters (the same object comes back), or a factory, such as
+        optimizer: an optimizer on the model's parameters (the same object comes back; where ColossalAI divides its
+            steps, a wrapper that has it as `.inner`), or a factory, such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`, which is called last.
         sp_size: over how many processes a sequence is spread, a divisor of their number. Every process makes this call,
             and those of one group (sp_size neighbours) run the model on the same inputs; see `seed` and
