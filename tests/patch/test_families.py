@@ -55,7 +55,7 @@ def test_fp32_with_interpreted_kernels(tiny: Tiny, interpreter):
 @each_model
 def test_bf16_autocast_is_as_exact_as_the_models_own(tiny: Tiny):
     theirs, ours = {}, {}
-    for seed in range(3):  # in one draw, the two gradients of a norm on q and k may scatter by more than the rule
+    for seed in range(5):  # in one draw, gradients of q and k and of norms on them may scatter by more than the rule
         model = randomise(build(tiny), seed)
         truth = run(twin(model).double(), tiny)
         for errors, candidate in ((theirs, model), (ours, accelerated(model))):
