@@ -22,7 +22,7 @@ def _killed(trials: int, ranks: int, limit: float) -> dict:
 @pytest.mark.parametrize(
     ("trials", "ranks"),
     [
-        (6, 1),
+        (4, 1),
         pytest.param(200, 1, marks=pytest.mark.slow),
         pytest.param(20, 2, marks=pytest.mark.slow),
     ],
