@@ -69,11 +69,20 @@ def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
 
 
 def _counted(model: nn.Module) -> dict[str, Any]:
-    return cast(Stepper, stepper_of(model)).state()
+    return _with_its_own_parameters(model).state()
 
 
 def _count_on(model: nn.Module, state: Any) -> None:
-    cast(Stepper, stepper_of(model)).load(state)
+    _with_its_own_parameters(model).load(state)
+
+
+def _with_its_own_parameters(model: nn.Module) -> Stepper:
+    stepper = cast(Stepper, stepper_of(model))
+    if stepper.swapped:
+        raise ValueError(
+            "model: its parameters are an EMA's just now, inside opendit.ema_weights; save and load outside of it"
+        )
+    return stepper
 
 
 def _averages(model: nn.Module) -> dict[str, Any]:

@@ -131,3 +131,15 @@ def test_a_restored_model_has_no_averages_to_save(tmp_path: Path) -> None:
     opendit.save(tmp_path, run.model, run.optimizer, step=1)
     plain = UserDiT(size=4, dim=16, heads=2, depth=2)
     opendit.load(tmp_path, plain, torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad]))
+
+
+def test_averages_that_stand_in_are_not_saved_as_the_model(tmp_path: Path) -> None:
+    run = Run(0)
+    run.train(1)
+    opendit.save(tmp_path, run.model, run.optimizer, step=1)
+    with opendit.ema_weights(run.model):
+        with pytest.raises((ValueError, opendit.CheckpointError), match="an EMA.s just now"):
+            opendit.save(tmp_path, run.model, run.optimizer, step=2)
+        with pytest.raises((ValueError, opendit.CheckpointError), match="an EMA.s just now"):
+            opendit.load(tmp_path, run.model, run.optimizer)
+    assert opendit.latest_checkpoint(tmp_path).name == "step-00000001"
