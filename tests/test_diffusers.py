@@ -19,7 +19,13 @@ diffusers = pytest.importorskip("diffusers")
 
 F64 = torch.float64
 FIRST = {t.family: t for t in reversed(TINY) if t.family.startswith("diffusers_")}
-each_model = pytest.mark.parametrize("tiny", FIRST.values(), ids=lambda t: t.name)
+each_model = pytest.mark.parametrize(
+    "tiny",  # Latte's blocks are PixArt's
+    [
+        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.family == "diffusers_latte" else [])
+        for t in FIRST.values()
+    ],
+)
 PIXART = FIRST["diffusers_pixart"]
 
 

@@ -341,6 +341,7 @@ class Tiny:
     inputs: Callable[[torch.dtype, torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
     whole: bool = True  # whether its blocks can be fused as one function
+    slow: bool = False  # a variant that shows little beyond others of its family
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -534,5 +535,6 @@ TINY = [
         _diffusers_latte_inputs(2, 4, 6, masked=False),
         _sample,
         whole=False,
+        slow=True,
     ),
 ]

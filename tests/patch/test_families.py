@@ -17,7 +17,9 @@ from opendit.patch.registry import families
 from tests.comparing import build, relative_errors, run, twin, worst
 from tests.tiny_models import TINY, Tiny, randomise
 
-each_model = pytest.mark.parametrize("tiny", TINY, ids=lambda t: t.name)
+each_model = pytest.mark.parametrize(
+    "tiny", [pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.slow else []) for t in TINY]
+)
 first_of_each_family = pytest.mark.parametrize(
     "tiny", list({t.family: t for t in reversed(TINY)}.values()), ids=lambda t: t.name
 )
