@@ -138,8 +138,8 @@ def test_averages_that_stand_in_are_not_saved_as_the_model(tmp_path: Path) -> No
     run.train(1)
     opendit.save(tmp_path, run.model, run.optimizer, step=1)
     with opendit.ema_weights(run.model):
-        with pytest.raises((ValueError, opendit.CheckpointError), match="an EMA.s just now"):
+        with pytest.raises((ValueError, opendit.CheckpointError), match=r"an EMA.s just now"):
             opendit.save(tmp_path, run.model, run.optimizer, step=2)
-        with pytest.raises((ValueError, opendit.CheckpointError), match="an EMA.s just now"):
+        with pytest.raises((ValueError, opendit.CheckpointError), match=r"an EMA.s just now"):
             opendit.load(tmp_path, run.model, run.optimizer)
     assert opendit.latest_checkpoint(tmp_path).name == "step-00000001"
