@@ -1,9 +1,15 @@
-"""`python -m opendit verify PACKAGE.MODULE:FUNCTION`: certifies a model from the command line.
+"""opendit's command line. Exit status: 0 done or certified, 1 not certified, 2 the request can't be carried out.
 
-FUNCTION takes nothing and returns a mapping of `opendit.verify`'s arguments: `model`, `batch`, and what else is wanted
-of `loss`, `optimizer`, `ema`. Exit status: 0 certified, 1 not certified, 2 the request can't be carried out.
+    python -m opendit info
+    python -m opendit verify PACKAGE.MODULE:FUNCTION       certifies a model
+    python -m opendit convert SOURCE TARGET --model PACKAGE.MODULE:FUNCTION
+
+`verify`'s FUNCTION takes nothing and returns a mapping of `opendit.verify`'s arguments: `model`, `batch`, and what else
+is wanted of `loss`, `optimizer`, `ema`. `convert`'s returns the model whose weights they are: the formats are those of
+`opendit.load_weights` and `opendit.save_weights`, the names are the model's.
 
     torchrun --nproc-per-node 2 -m opendit verify training:for_verify --sp-size 2 --certificate certificate.json
+    python -m opendit convert DiT-XL-2-256x256.pt dit.safetensors --model models:dit_xl_2
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +31,22 @@ _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
+    given = _parser().parse_args(arguments)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {"info": _info, "verify": _verify, "convert": _convert}
+    try:
+        return commands[given.command](given)
+    except (ValueError, TypeError, NotImplementedError, opendit.CheckpointError) as error:
+        print(f"{given.command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m opendit", description="opendit's command line")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="hardware, versions, what can run here and what can't, and why")
     verify = commands.add_parser("verify", help="compare the accelerated model with the plain one")
     verify.add_argument("target", help="PACKAGE.MODULE:FUNCTION, which returns verify's arguments as a mapping")
     verify.add_argument("--sp-size", type=int, default=1, help="processes that share a sequence")
@@ -34,38 +54,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--autocast", choices=sorted(_LOW), default=None, help="compare in this precision as well")
     verify.add_argument("--seed", type=int, default=0)
     verify.add_argument("--certificate", type=Path, default=None, help="where to write the JSON certificate")
-    given = parser.parse_args(arguments)
-    try:
-        report = opendit.verify(
-            **_arguments(given.target),
-            booster_cfg=_config(given.config),
-            sp_size=given.sp_size,
-            autocast=_LOW.get(given.autocast),
-            seed=given.seed,
-            certificate=given.certificate,
+    convert = commands.add_parser("convert", help="weights from one format into another, under the model's names")
+    convert.add_argument("source", type=Path, help="a .safetensors, .pt or .pth file, or a folder of diffusers")
+    convert.add_argument("target", type=Path, help="likewise; its ending says the format")
+    convert.add_argument("--model", required=True, help="PACKAGE.MODULE:FUNCTION, which returns the model")
+    convert.add_argument("--which", choices=("model", "ema"), default=None, help="of a .pt that has both; default: ema")
+    return parser
+
+
+def _info(given: argparse.Namespace) -> int:
+    from opendit import information
+
+    print("\n".join(information.lines()))
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    found = _result_of(given.target)
+    if not isinstance(found, Mapping) or not {"model", "batch"} <= set(found):
+        raise TypeError(
+            f"target: {given.target} returned {type(found).__name__}; allowed: a mapping with model and batch"
         )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    report = opendit.verify(
+        **found,
+        booster_cfg=_config(given.config),
+        sp_size=given.sp_size,
+        autocast=_LOW.get(given.autocast),
+        seed=given.seed,
+        certificate=given.certificate,
+    )
     return 0 if report else 1
 
 
-def _arguments(target: str) -> dict[str, Any]:
+def _convert(given: argparse.Namespace) -> int:
+    model = _result_of(given.model)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: {given.model} returned {type(model).__name__}; allowed: a torch.nn.Module")
+    opendit.load_weights(given.source, model, which=given.which)
+    opendit.save_weights(given.target, model)
+    print(f"{given.target}: {sum(t.numel() for t in model.state_dict().values()):,} values")
+    return 0
+
+
+def _result_of(target: str) -> Any:
+    """What FUNCTION of PACKAGE.MODULE:FUNCTION returns."""
     module, _, name = target.partition(":")
     sys.path.insert(0, "")  # as `python script.py` would find it
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"target: got {target!r}; allowed: PACKAGE.MODULE:FUNCTION that can be imported ({error})"
         ) from error
-    found = function()
-    if not isinstance(found, Mapping) or not {"model", "batch"} <= set(found):
-        raise TypeError(f"target: {target} returned {type(found).__name__}; allowed: a mapping with model and batch")
-    return dict(found)
+    return function()
 
 
 def _config(text: str | None) -> Any:

@@ -44,7 +44,15 @@ MAY_IMPORT = {
     "opendit.draws": set(),
     "opendit.sampler": {"opendit.draws"},
     "opendit.parallel": {"opendit.fastseq", "opendit.patch.core", "opendit.wrapping"},
-    "opendit.__main__": {"opendit"},
+    "opendit.__main__": {"opendit", "opendit.information"},
+    "opendit.information": {
+        "opendit",
+        "opendit.attention",
+        "opendit.engines",
+        "opendit.fastseq",
+        "opendit.kernels",
+        "opendit.patch.registry",
+    },
     "opendit.verify": {
         "opendit",
         "opendit.api",
