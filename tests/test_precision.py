@@ -199,7 +199,6 @@ def test_a_parameter_that_thaws_is_noticed():
 @pytest.mark.parametrize(
     ("config", "error", "says"),
     [
-        ({"precision": "fp8"}, NotImplementedError, "precision='fp8' is part of the interface"),
         ({"precision": "fp16", "skip_nonfinite": False}, ValueError, "got False with precision='fp16'"),
     ],
 )
