@@ -23,6 +23,7 @@ from opendit.checkpoint import disk, jsonfile, published, together
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.inventory import check_finite
 from opendit.checkpoint.modules import module_pieces
+from opendit.checkpoint.saving import wait
 from opendit.checkpoint.shards import library, open_file
 from opendit.wrapping import unwrap
 
@@ -33,6 +34,8 @@ _ALLOWED = "a .safetensors file, a .pt or .pth file, or a folder of diffusers wi
 
 def load_weights(path: str | os.PathLike[str], model: nn.Module, *, which: str | None = None) -> None:
     """Loads weights into `model`, in place; every process calls it. Values are cast to the model's dtypes.
+
+    A save in the background is waited for first, and what went wrong with it is raised.
 
     Args:
         path: a `.safetensors` file, a `.pt` of facebookresearch/DiT or Latte, or a folder of diffusers.
@@ -46,6 +49,7 @@ def load_weights(path: str | os.PathLike[str], model: nn.Module, *, which: str |
     if which not in (None, "model", "ema"):
         raise ValueError(f"which: got {which!r}; allowed: 'model', 'ema', or None")
     together.prepare()
+    wait()
     problem = None
     fits: list[tuple[Any, Callable[[], Tensor]]] = []
     try:
@@ -69,6 +73,8 @@ def save_weights(
 ) -> None:
     """Writes weights that open without opendit; every process calls it, rank 0 writes, at once or not at all.
 
+    A save in the background is waited for first, and what went wrong with it is raised.
+
     Args:
         path: a `.safetensors` file; a `.pt`, as facebookresearch/DiT and Latte write; or a folder, as diffusers writes
             (for models of diffusers).
@@ -87,6 +93,7 @@ def save_weights(
     if ema is not None and kind not in (".pt", ".pth"):
         raise CheckpointError(f"ema: a {kind or 'folder'} holds one set of weights; pass state=..., and leave ema out")
     together.prepare()
+    wait()
     weights = _full(model) if state is None else dict(state)
     averages = _full(ema) if isinstance(ema, nn.Module) else None if ema is None else dict(ema)
     problem = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def cases(world: int) -> dict[str, Any]:
         "different": _different,
         "damaged": _damaged,
         "weights": _weights,
+        "weights meanwhile": _weights_meanwhile,
     }
 
 
@@ -165,4 +167,28 @@ def _weights():
     with torch.no_grad():
         next(sharded.parameters()).to_local().fill_(float("nan"))
     _fails("not finite", lambda: opendit.save_weights(folder / "b.safetensors", sharded))
+    return sorted(p.name for p in folder.iterdir())
+
+
+def _weights_meanwhile():
+    """Weights saved and loaded while a save in the background talks over the same group."""
+    folder, trainer, rank = _folder(), _trainer(0), dist.get_rank()
+    for p in trainer.model.parameters():
+        dist.broadcast(p.data, 0)
+    write = shards.write
+
+    def slowly(*args):
+        time.sleep(0.3 if rank == 0 else 0.0)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write", slowly)
+        for step in (1, 2):
+            saving = opendit.save(folder, trainer.model, step=step, background=True)
+            if step == 1:
+                opendit.save_weights(folder / "a.safetensors", trainer.model)
+            else:
+                opendit.load_weights(folder / "a.safetensors", trainer.model)
+            assert saving._thread is not None and not saving._thread.is_alive()
+            saving.wait()
     return sorted(p.name for p in folder.iterdir())

@@ -33,3 +33,8 @@ def test_damage_is_told_to_all():
 
 def test_weights_of_a_sharded_model():
     assert of_every_rank(_MODULE, 2, "weights") == [["a.pt", "a.safetensors"]] * 2
+
+
+def test_weights_wait_for_a_save_in_the_background():
+    files = ["a.safetensors", "latest", "step-00000001", "step-00000002"]
+    assert of_every_rank(_MODULE, 2, "weights meanwhile") == [files] * 2
