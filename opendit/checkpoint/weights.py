@@ -24,7 +24,7 @@ from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.inventory import check_finite
 from opendit.checkpoint.modules import module_pieces
 from opendit.checkpoint.saving import wait
-from opendit.checkpoint.shards import library, open_file
+from opendit.checkpoint.shards import open_file, save_file
 from opendit.wrapping import unwrap
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -111,7 +111,7 @@ def _write(
     check_finite({f"model/{name}": value for name, value in weights.items()})
     check_finite({f"ema/{name}": value for name, value in (averages or {}).items()})
     if kind == ".safetensors":
-        _in_one_step(path, lambda to: library().torch.save_file(weights, to, metadata={"format": "pt"}))
+        _in_one_step(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
     elif kind:
         content = weights if averages is None else {"model": weights, "ema": averages}
         _in_one_step(path, lambda to: torch.save(content, to))
@@ -126,7 +126,7 @@ def _write(
         config["_class_name"] = next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("diffusers."))
         path.mkdir(parents=True, exist_ok=True)
         file = path / f"{_STEMS[0]}.safetensors"
-        _in_one_step(file, lambda to: library().torch.save_file(weights, to, metadata={"format": "pt"}))
+        _in_one_step(file, lambda to: save_file(weights, to, metadata={"format": "pt"}))
         disk.replace(path / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 

@@ -46,6 +46,7 @@ def prepare(folder: Path, run: Run, step: int, extra: Any, config: Any) -> Job:
     try:
         shards.library()
         state = collect(run, step, extra, config)
+        shards.check_dtypes({key: piece.values.dtype for key, piece in state.pieces.items()})
         hashes = {name: hashlib.sha256(jsonfile.text(v)).hexdigest() for name, v in state.shared.items()}
         told = (table(state.pieces), hashes, state.own)
     except Exception as error:

@@ -12,7 +12,7 @@ import torch
 
 import opendit
 from opendit.attached import attached
-from opendit.checkpoint import disk, inventory, jsonfile, manifest, modules, randomness
+from opendit.checkpoint import disk, inventory, jsonfile, manifest, modules, randomness, shards
 from tests.checkpoint.running import Trainer, differences
 
 
@@ -301,6 +301,34 @@ def test_odd_tensors(tmp_path):
     model.weight = model.tied = torch.nn.Parameter(torch.randn(4, 3).t())
     with pytest.raises(opendit.CheckpointError, match="row-major"):
         opendit.save(tmp_path, model, step=1)
+
+
+@pytest.mark.parametrize("dtype", [name for name in shards._DTYPES if name not in ("complex64", "bool")])
+def test_every_dtype_that_is_allowed_comes_back(tmp_path, dtype):
+    model = torch.nn.Module()
+    model.register_buffer("values", torch.tensor([1.0, 2.0, 4.0]).to(getattr(torch, dtype)))
+    opendit.save(tmp_path, model, step=0, extra=model.values.clone())
+    model.values.view(torch.uint8).fill_(1)
+    found = opendit.load(tmp_path, model).extra
+    for value in (model.values, found):
+        assert value.dtype == getattr(torch, dtype)
+        assert value.double().tolist() == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
+def test_a_dtype_that_could_not_be_read_is_not_written(tmp_path, dtype):
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("odd", torch.zeros(3).to(dtype))
+    with pytest.raises(opendit.CheckpointError, match=rf"model/odd is {dtype}; allowed in a checkpoint: float64, "):
+        opendit.save(tmp_path, model, step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_8_bits_are_looked_at(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.low = torch.nn.Parameter(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(opendit.CheckpointError, match="model/low: holds numbers that are not finite"):
+        opendit.save(tmp_path, model, step=0)
 
 
 @pytest.mark.parametrize("where", ["model", "moment", "ema"])

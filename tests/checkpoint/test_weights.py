@@ -170,6 +170,14 @@ def test_refusals_of_saving(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dtype_that_safetensors_has_no_name_for(tmp_path):
+    model = _dit(1)
+    model.register_buffer("odd", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(opendit.CheckpointError, match=r"odd: safetensors .* can't write torch\.complex128"):
+        opendit.save_weights(tmp_path / "a.safetensors", model)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_export_leaves_the_one_before(tmp_path, monkeypatch):
     from opendit.checkpoint import disk
 
