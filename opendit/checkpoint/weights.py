@@ -77,7 +77,7 @@ def save_weights(
 
     Args:
         path: a `.safetensors` file; a `.pt`, as facebookresearch/DiT and Latte write; or a folder, as diffusers writes
-            (for models of diffusers).
+            (for models of diffusers); weights that lie there already, in one file or several, are replaced.
         model: whose weights and names; a sharded one is gathered tensor by tensor.
         state: weights to write in place of the model's, full ones on rank 0, such as `opendit.ema_state_dict(model)`.
         ema: for `.pt`: what goes under `"ema"`, beside `"model"`; without it the file is one flat state dict.
@@ -128,6 +128,18 @@ def _write(
         file = path / f"{_STEMS[0]}.safetensors"
         _in_one_step(file, lambda to: save_file(weights, to, metadata={"format": "pt"}))
         disk.replace(path / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+        _remove_several(path)
+
+
+def _remove_several(folder: Path) -> None:
+    """What was saved there as several files before: readers would take it. Once the index is gone, the new file counts."""
+    index = folder / f"{_STEMS[0]}.safetensors.index.json"
+    if os.path.lexists(index):
+        index.unlink()
+        disk.flush(folder)
+    for entry in list(os.scandir(folder)):
+        if re.fullmatch(rf"{_STEMS[0]}-\d{{5}}-of-\d{{5}}\.safetensors", entry.name):
+            os.unlink(entry.path)
 
 
 def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:

@@ -134,6 +134,22 @@ def test_diffusers_folders(tmp_path, diffusers_model):
         opendit.load_weights(tmp_path / "pipeline", model)
 
 
+def test_a_folder_that_held_several_files_is_replaced(tmp_path, diffusers_model):
+    from diffusers import DiTTransformer2DModel
+
+    folder = tmp_path / "a"
+    randomise(diffusers_model.build(), 1).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "notes-00001-of-00002.safetensors").touch()
+    new = randomise(diffusers_model.build(), 2)
+    opendit.save_weights(folder, new)
+    kept = ["config.json", "diffusion_pytorch_model.safetensors", "notes-00001-of-00002.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == kept
+    model = randomise(diffusers_model.build(), 3)
+    opendit.load_weights(folder, model)
+    assert _alike(model, new)
+    assert _alike(DiTTransformer2DModel.from_pretrained(folder), new)
+
+
 def test_another_class_of_diffusers(tmp_path, diffusers_model):
     model = randomise(diffusers_model.build(), 1)
     opendit.save_weights(tmp_path / "a", model)
