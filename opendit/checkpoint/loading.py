@@ -147,15 +147,21 @@ def _intact(folder: Path) -> dict[str, Any]:
 
 
 def _with_intact(error: DamagedCheckpointError, folder: Path, damaged: str | None) -> DamagedCheckpointError:
-    """The error, with the newest checkpoint of `folder` before `damaged` that is intact."""
-    names = disk.names(folder) if folder.is_dir() else []
+    """The error, with the newest checkpoint of `folder` before `damaged` that is intact.
+
+    Raises nothing: other processes wait for this one to tell what is wrong.
+    """
+    try:
+        names = disk.names(folder) if folder.is_dir() else []
+    except OSError:
+        names = []
     earlier = names[: names.index(damaged)] if damaged in names else [n for n in names if n != damaged]
     intact = None
     for name in reversed(earlier):
         try:
             content = manifest.read(folder / name)
             manifest.check_files(folder / name, content, sorted(content["files"]))
-        except CheckpointError:
+        except Exception:  # whatever is wrong with it
             continue
         intact = name
         break

@@ -132,7 +132,7 @@ def _write(
 
 
 def _remove_several(folder: Path) -> None:
-    """What was saved there as several files before: readers would take it. Once the index is gone, the new file counts."""
+    """What lay there as several files, which readers would take; the new file counts once their index is gone."""
     index = folder / f"{_STEMS[0]}.safetensors.index.json"
     if os.path.lexists(index):
         index.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def cases(world: int) -> dict[str, Any]:
         "full disk": _full_disk,
         "different": _different,
         "damaged": _damaged,
+        "damaged before": _damaged_before,
         "weights": _weights,
         "weights meanwhile": _weights_meanwhile,
     }
@@ -144,6 +146,25 @@ def _damaged():
     return caught.value.intact
 
 
+def _damaged_before():
+    """The one process that looks for an intact checkpoint meets others that are worse; nobody is left waiting."""
+    folder, model = _folder(), torch.nn.Linear(2, 2)
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
+    for step in (1, 2, 3, 4):
+        opendit.save(folder, model, step=step)
+    if dist.get_rank() == 0:
+        two, three, four = (folder / name for name in disk.names(folder)[1:])
+        manifest = (two / "manifest.json").read_text()
+        (two / "manifest.json").write_text(re.sub(r'"size": \d+', '"size": 1e999', manifest, count=1))
+        (three / "manifest.json").write_bytes(b"[" * 100_000)
+        (four / "index.json").write_bytes(bytes((four / "index.json").stat().st_size))
+    dist.barrier()
+    with pytest.raises(opendit.DamagedCheckpointError, match=r"index\.json: is damaged") as caught:
+        opendit.load(folder, model)
+    return caught.value.intact
+
+
 def _weights():
     """A sharded model's weights, gathered, in one file; and read back into shards."""
     from torch.distributed.fsdp import fully_shard
@@ -189,6 +210,6 @@ def _weights_meanwhile():
                 opendit.save_weights(folder / "a.safetensors", trainer.model)
             else:
                 opendit.load_weights(folder / "a.safetensors", trainer.model)
-            assert saving._thread is not None and not saving._thread.is_alive()
+            assert not saving._thread.is_alive()
             saving.wait()
     return sorted(p.name for p in folder.iterdir())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
+import unittest.mock
 
 import pytest
 import safetensors.torch
@@ -167,6 +169,31 @@ def test_all_damaged(saved, reader, tmp_path):
     for name in disk.names(folder):
         _truncate(folder / name / "index.json", random.Random(1))
     _refused(reader, folder, "step-00000003", None)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_the_disk_fails_to_read(saved, reader, monkeypatch, name):
+    opened = jsonfile.open_plain
+
+    def failing(path):
+        file = opened(path)
+        if path == saved / "step-00000003" / name:
+            file = unittest.mock.Mock(wraps=file, __enter__=lambda self: self, __exit__=lambda self, *error: None)
+            file.read.side_effect = OSError(5, "Input/output error")
+        return file
+
+    monkeypatch.setattr(jsonfile, "open_plain", failing)
+    _refused(reader, saved, f"{name}: can't be read (OSError: [Errno 5] Input/output error)", "step-00000002")
+
+
+@pytest.mark.parametrize("size", ["1e999", "-1e999", "NaN", "1" * 5000])
+def test_a_size_that_is_no_number(saved, reader, tmp_path, size):
+    folder = tmp_path / "a"
+    shutil.copytree(saved, folder)
+    for step in ("2", "3"):
+        path = folder / f"step-0000000{step}" / "manifest.json"
+        path.write_text(re.sub(r'"size": \d+', f'"size": {size}', path.read_text(), count=1))
+    _refused(reader, folder, "manifest.json: is no JSON", "step-00000001")
 
 
 def test_each_file_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):

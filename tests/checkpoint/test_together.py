@@ -31,6 +31,10 @@ def test_damage_is_told_to_all():
     assert of_every_rank(_MODULE, 2, "damaged") == ["step-00000001"] * 2
 
 
+def test_what_is_wrong_with_earlier_ones_leaves_nobody_waiting():
+    assert of_every_rank(_MODULE, 2, "damaged before") == ["step-00000001"] * 2
+
+
 def test_weights_of_a_sharded_model():
     assert of_every_rank(_MODULE, 2, "weights") == [["a.pt", "a.safetensors"]] * 2
 
