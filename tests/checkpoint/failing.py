@@ -26,6 +26,7 @@ def cases(world: int) -> dict[str, Any]:
         "different": _different,
         "damaged": _damaged,
         "damaged before": _damaged_before,
+        "refused late": _refused_late,
         "weights": _weights,
         "weights meanwhile": _weights_meanwhile,
     }
@@ -163,6 +164,19 @@ def _damaged_before():
     with pytest.raises(opendit.DamagedCheckpointError, match=r"index\.json: is damaged") as caught:
         opendit.load(folder, model)
     return caught.value.intact
+
+
+def _refused_late():
+    """One process's rule does not fit; the other, whose parts have taken their values, puts them back as well."""
+    folder, trainer = _folder(), _trainer(0)
+    trainer.train(2)
+    trainer.save(folder)
+    trainer.train(3)
+    if dist.get_rank() == 1:
+        trainer.rule.sums.pop("final_layer.linear.bias")
+    before = trainer.facts()
+    _fails("rank 1: .* the rule has nothing of that name", lambda: trainer.load(folder))
+    return differences(trainer.facts(), before)
 
 
 def _weights():

@@ -195,6 +195,105 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     assert differences(seeded.facts(), before) == []
 
 
+def _refuses_once(part):
+    real, refused = part.load_state_dict, []
+
+    def load_state_dict(state):
+        real(state)  # something may have changed before it refuses
+        if not refused:
+            refused.append(state)
+            raise ValueError("refused")
+
+    part.load_state_dict = load_state_dict
+
+
+@pytest.mark.parametrize("refusing", ["sampler", "scheduler", "scaler", "rule"])
+def test_what_is_refused_late_is_put_back(tmp_path, refusing):
+    trainer = Trainer(0)
+    trainer.train(3)
+    trainer.scaler.update(512.0)
+    trainer.save(tmp_path)
+    other = Trainer(1)
+    other.train(1)
+    match = "refused"
+    if refusing == "rule":
+        other.rule.sums.pop("final_layer.linear.bias")  # seen after the rule took its numbers
+        match = "the rule has nothing of that name"
+    else:
+        _refuses_once(getattr(other, refusing))
+    before = other.facts()
+    with pytest.raises(opendit.CheckpointError, match=match):
+        other.load(tmp_path)
+    assert differences(other.facts(), before) == []
+
+
+def test_other_averages_are_refused_and_change_nothing(tmp_path):
+    def built(decay):
+        config = opendit.BoosterConfig(ema=decay)
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = opendit.accelerate(model, optimizer=optimizer, family="generic", booster_cfg=config)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    model, optimizer, scheduler = built(0.9)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    sampler = opendit.ResumableSampler(8, batch_size=2, seed=0)
+    sampler.position = 4
+    opendit.save(tmp_path, model, optimizer, step=1, scheduler=scheduler, sampler=sampler)
+    model, optimizer, scheduler = built(0.99)
+    sampler = opendit.ResumableSampler(8, batch_size=2, seed=0)
+    before = (str(scheduler.state_dict()), sampler.state_dict(), str(model.state_dict()), str(optimizer.state_dict()))
+    with pytest.raises(opendit.CheckpointError, match=r"ema: got averages 0\.9; allowed: the model's, 0\.99"):
+        opendit.load(tmp_path, model, optimizer, scheduler=scheduler, sampler=sampler)
+    now = (str(scheduler.state_dict()), sampler.state_dict(), str(model.state_dict()), str(optimizer.state_dict()))
+    assert now == before
+
+
+def test_a_sampler_that_lost_count_is_loaded_all_the_same(tmp_path):
+    model, sampler = torch.nn.Linear(2, 2), opendit.ResumableSampler(8, batch_size=2, seed=0)
+    opendit.save(tmp_path, model, step=0, sampler=sampler)
+    next(iter(sampler))
+    with pytest.raises(RuntimeError, match="nobody counted"):
+        sampler.state_dict()
+    opendit.load(tmp_path, model, sampler=sampler)
+    assert sampler.state_dict()["position"] == 0
+
+
+def test_random_states_of_gpus_are_refused_without_one_and_change_nothing(tmp_path, monkeypatch):
+    trainer = Trainer(0)
+    trainer.train(2)
+    gpus = {"cuda": {"states": [torch.zeros(16, dtype=torch.uint8)], "current": 0}}
+    with monkeypatch.context() as patch:
+        patch.setattr(randomness, "states", lambda: {**states(), **gpus})
+        trainer.save(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    other = Trainer(1)
+    other.train(1)
+    before = other.facts()
+    with pytest.raises(opendit.CheckpointError, match=r"rng: .*pass leave=\('rng',\)"):
+        other.load(tmp_path)
+    assert differences(other.facts(), before) == []
+    assert other.load(tmp_path, leave=("rng",)).step == 2
+
+
+def test_a_disk_that_fails_while_tensors_are_read_is_told_as_what_it_is(tmp_path, monkeypatch):
+    trainer = Trainer(0)
+    trainer.train(1)
+    trainer.save(tmp_path)
+
+    def failing(self, key, piece):
+        if key.startswith("model/"):
+            raise OSError(5, "Input/output error")
+        fill(self, key, piece)
+
+    fill = shards.Shards.fill
+    monkeypatch.setattr(shards.Shards, "fill", failing)
+    with pytest.raises(opendit.CheckpointError, match=r"OSError: .*Input/output.* half loaded; load again"):
+        trainer.load(tmp_path)
+
+
 def test_optimizers_state_of_any_shape(tmp_path):
     """Factored moments, counters on either side, a learning rate in a tensor, lists, half precision."""
     model = torch.nn.Linear(6, 4).half()

@@ -35,6 +35,10 @@ def test_what_is_wrong_with_earlier_ones_leaves_nobody_waiting():
     assert of_every_rank(_MODULE, 2, "damaged before") == ["step-00000001"] * 2
 
 
+def test_what_one_refuses_late_changes_nothing_in_any():
+    assert of_every_rank(_MODULE, 2, "refused late") == [[], []]
+
+
 def test_weights_of_a_sharded_model():
     assert of_every_rank(_MODULE, 2, "weights") == [["a.pt", "a.safetensors"]] * 2
 
