@@ -108,8 +108,9 @@ def save_weights(
 def _write(
     path: Path, kind: str, model: nn.Module, weights: dict[str, Tensor], averages: dict[str, Tensor] | None
 ) -> None:
-    check_finite({f"model/{name}": value for name, value in weights.items()})
-    check_finite({f"ema/{name}": value for name, value in (averages or {}).items()})
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for kind_of, values in (("model", weights), ("ema", averages or {})):
+        check_finite({f"{kind_of}/{name}": value for name, value in values.items() if name not in buffers})
     if kind == ".safetensors":
         _in_one_step(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
     elif kind:

@@ -451,6 +451,19 @@ def test_what_is_not_finite_is_never_saved(tmp_path, where, value):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002"]
 
 
+def test_buffers_need_not_be_finite(tmp_path):
+    def built(value):
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("mask", torch.full((2, 2), value))
+        return model
+
+    for ema in (None, built(-float("inf"))):
+        opendit.save(tmp_path, built(-float("inf")), step=0, ema=ema)
+        model, averages = built(0.0), ema and built(0.0)
+        opendit.load(tmp_path, model, ema=averages)
+        assert all(m.mask.isneginf().all() for m in (model, averages or model))
+
+
 def test_arguments(tmp_path):
     model = torch.nn.Linear(2, 2)
     for kwargs, error, match in (

@@ -186,6 +186,14 @@ def test_refusals_of_saving(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_buffers_need_not_be_finite(tmp_path):
+    model = _dit(1)
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")))
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        opendit.save_weights(path, model, ema=model if path.suffix == ".pt" else None)
+        opendit.load_weights(path, model)
+
+
 def test_a_dtype_that_safetensors_has_no_name_for(tmp_path):
     model = _dit(1)
     model.register_buffer("odd", torch.zeros(3, dtype=torch.complex128))
