@@ -88,17 +88,21 @@ def save_weights(
     """
     path = Path(path)
     kind = path.suffix if path.suffix in (".safetensors", ".pt", ".pth") else ""
-    if path.suffix and not kind and not path.is_dir():
+    # A dot in a folder's name, as of a version, is no kind of file; but nobody means a folder by these.
+    folder = path.is_dir() or (hasattr(unwrap(model), "to_json_string") and path.suffix not in (".bin", ".ckpt"))
+    if path.suffix and not kind and not folder:
         raise CheckpointError(f"path: got {path.name}; allowed: {_ALLOWED}")
     if ema is not None and kind not in (".pt", ".pth"):
         raise CheckpointError(f"ema: a {kind or 'folder'} holds one set of weights; pass state=..., and leave ema out")
     together.prepare()
     wait()
-    weights = _full(model) if state is None else dict(state)
-    averages = _full(ema) if isinstance(ema, nn.Module) else None if ema is None else dict(ema)
+    weights = _full(model) if state is None else {}
+    averages = _full(ema) if isinstance(ema, nn.Module) else None
     problem = None
     try:
         if together.rank() == 0:
+            weights = _apart("state", state) if state is not None else weights
+            averages = _apart("ema", ema) if isinstance(ema, Mapping) else averages
             _write(path, kind, unwrap(model), weights, averages)
     except Exception as error:
         problem = error
@@ -155,6 +159,18 @@ def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _apart(argument: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that was given, on the CPU, nothing shared: tied weights are written under each name."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{argument}: got {type(value).__name__} for {name!r}; allowed: tensors")
+    return {name: _copy(value.detach()) for name, value in state.items()}
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _full(module: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on rank 0, on the CPU, nothing shared; other ranks help to gather it and get {}."""
     whole = {}
@@ -162,7 +178,7 @@ def _full(module: nn.Module) -> dict[str, Tensor]:
         value = value.detach()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if together.rank() == 0:
-            whole[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+            whole[name] = _copy(value)
     return whole
 
 

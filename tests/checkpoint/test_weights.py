@@ -150,6 +150,16 @@ def test_a_folder_that_held_several_files_is_replaced(tmp_path, diffusers_model)
     assert _alike(DiTTransformer2DModel.from_pretrained(folder), new)
 
 
+def test_a_folder_with_a_dot_in_its_name(tmp_path, diffusers_model):
+    model, other = randomise(diffusers_model.build(), 1), randomise(diffusers_model.build(), 2)
+    opendit.save_weights(tmp_path / "dit-v1.5", opendit.accelerate(model))
+    opendit.load_weights(tmp_path / "dit-v1.5", other)
+    assert _alike(model, other)
+    with pytest.raises(opendit.CheckpointError, match=r"allowed: a \.safetensors file"):
+        opendit.save_weights(tmp_path / "a.bin", model)
+    assert [p.name for p in tmp_path.iterdir()] == ["dit-v1.5"]
+
+
 def test_another_class_of_diffusers(tmp_path, diffusers_model):
     model = randomise(diffusers_model.build(), 1)
     opendit.save_weights(tmp_path / "a", model)
@@ -192,6 +202,27 @@ def test_buffers_need_not_be_finite(tmp_path):
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
         opendit.save_weights(path, model, ema=model if path.suffix == ".pt" else None)
         opendit.load_weights(path, model)
+
+
+def test_a_state_dict_of_tied_and_transposed_weights(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(4, 4)
+            self.b = self.a
+            self.c = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            self.d = torch.nn.Parameter(torch.randn(4, 3).t())
+
+    model, other = Odd(), Odd()
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        more = {"ema": model.state_dict()} if path.suffix == ".pt" else {}
+        opendit.save_weights(path, model, state=model.state_dict(), **more)
+        content = load_file(path) if not more else torch.load(path, weights_only=True)["ema"]
+        other.load_state_dict(content)
+        assert _alike(model, other)
+        other = Odd()
+    with pytest.raises(opendit.CheckpointError, match="state: got int for 'a'; allowed: tensors"):
+        opendit.save_weights(tmp_path / "a.safetensors", model, state={"a": 1})
 
 
 def test_a_dtype_that_safetensors_has_no_name_for(tmp_path):
