@@ -333,6 +333,29 @@ def test_keep(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.tmp-0123456789abcdef", "step-00000012"]
 
 
+@pytest.mark.parametrize("what", ["rename", "rmtree"])
+@pytest.mark.parametrize("background", [False, True])
+def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog, what, background):
+    model = torch.nn.Linear(2, 2)
+    opendit.save(tmp_path, model, step=1)
+    owner = disk.os if what == "rename" else disk.shutil
+    real = getattr(owner, what)
+
+    def failing(path, *rest):
+        if ".tmp-" in str((path, *rest)[-1]):  # what is doomed, by either
+            raise OSError(39, "Directory not empty")
+        return real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, what, failing)
+        for step in (2, 3):
+            assert opendit.save(tmp_path, model, step=step, keep=1, background=background).wait().exists()
+            assert opendit.latest_checkpoint(tmp_path) == tmp_path / f"step-0000000{step}"
+    assert "can't be removed ([Errno 39] Directory not empty)" in caplog.text
+    opendit.save(tmp_path, model, step=4, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004"]
+
+
 def test_large_states_go_into_several_files(tmp_path, monkeypatch):
     from opendit.checkpoint import shards
 
