@@ -127,10 +127,14 @@ def _made_by(model: nn.Module) -> dict[str, Any]:
 
 
 def check_finite(values: Mapping[str, torch.Tensor]) -> None:
-    """Raises `CheckpointError` naming the parameters, averages and moments of which something is not finite."""
+    """Raises `CheckpointError` naming the parameters, averages and moments of which something is not finite.
+
+    Leave out buffers: a mask of −inf is one.
+    """
     flags: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for key, value in values.items():
         if key.split("/")[0] in ("model", "optimizer", "ema") and (value.is_floating_point() or value.is_complex()):
+            value = value.float() if value.element_size() == 1 else value  # torch can't look at all kinds of 8 bits
             flags.setdefault(value.device, []).append((key, value.isfinite().all()))
     bad = []
     for rows in flags.values():
