@@ -19,7 +19,7 @@ from opendit.kernels import fp8, spec
 from opendit.patch.adaln import FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Edit, Plan, notes
-from opendit.patch.generic import generic
+from opendit.patch.generic import generic, plan_division
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
@@ -57,6 +57,10 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     _check_used(cfg, planner)
     _check_blocks(cfg, planner, family)
     plan_precision(planner, model, cfg.precision)
+    units = (*family.called_apart, *(name for name, _ in family.blocks_of(model)))
+    if family.name == GENERIC.name:
+        units = ()  # nobody says which modules are called only through their block
+        plan_division(planner, cfg.plugin if cfg.engine == "torch" else None)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
@@ -67,7 +71,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
-        units=(*family.called_apart, *(name for name, _ in family.blocks_of(model))),
+        units=units,
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
         stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
