@@ -83,6 +83,7 @@ def verify(
     booster_cfg: BoosterConfig[Any] | Mapping[str, Any] | str | None = None,
     *,
     sp_size: int = 1,
+    family: str | None = None,
     loss: Callable[..., Tensor] | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ema: Callable[[nn.Module, nn.Module], object] | None = None,
@@ -91,16 +92,18 @@ def verify(
     certificate: str | Path | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Compares `accelerate(model, booster_cfg, sp_size=sp_size)` with `model`: outputs, loss, every gradient, one step.
+    """Compares `accelerate(model, booster_cfg, sp_size=sp_size, family=family)` with `model`: outputs, loss, every
+    gradient, one step.
 
     `model` is not changed: copies are compared. With several processes every one makes this call, with the same model
     and the same (global) batch; a group's share is cut from it. Parameters that are all zero, as adaLN-Zero starts
     with, get small random values in the copies, for behind them everything is zero and a comparison says nothing.
 
     Args:
-        model: a model of a known family, not accelerated.
+        model: a model of a known family (any, see `family`), not accelerated.
         batch: the model's arguments, positional or by name. Tensors' first dimension is the batch's; it must be
             divisible by the number of data-parallel groups.
+        family: as `accelerate` takes it: None recognises the model, `"generic"` takes any.
         loss: `loss(model, *batch)` (or `**batch`) gives a scalar; it may draw noise and timesteps. Without it, the
             mean of the output's square.
         optimizer: a factory, called on the parameters; without it SGD. One step is taken and compared.
@@ -142,7 +145,7 @@ def verify(
 
     plain = measuring.reference_copy(model, seed)
     candidate = measuring.fresh_copy(plain, torch.float64)
-    api.accelerate(candidate, edits, sp_size=sp_size)
+    api.accelerate(candidate, edits, sp_size=sp_size, family=family)
     share, shares = parallel.data_parallel_rank(candidate), parallel.data_parallel_size(candidate)
     task.check(shares)
 
@@ -151,7 +154,7 @@ def verify(
     rows, problems = _compare(found, expected), [*expected.problems, *found.problems]
     if autocast is not None:
         low = measuring.fresh_copy(plain, torch.float32)
-        api.accelerate(low, edits, sp_size=sp_size)
+        api.accelerate(low, edits, sp_size=sp_size, family=family)
         more, said = _by_ratio(plain, low, task, share, shares, autocast)
         rows, problems = rows + more, problems + said
     compared = sum(row.compared for row in rows if row.what == "gradients")

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import opendit
+from opendit.__main__ import main
 from tests.fastseq import verifying
 from tests.launch import of_every_rank
+from tests.tiny_models import Mlp
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -73,6 +75,23 @@ def test_one_process_and_the_certificate(tmp_path, capsys):
     assert certificate["hashes"]
     assert certificate["versions"]["torch"] == torch.__version__
     assert all(torch.equal(p, before[name]) for name, p in arguments["model"].named_parameters())
+
+
+def stranger():
+    """Of no known family; with a part that is recognised, so that there is something to compare."""
+    model = nn.Sequential(nn.Linear(5, 8), Mlp(8, 16))
+    return {"model": model, "batch": (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),)}
+
+
+def test_a_model_that_nobody_describes(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no known family"):
+        opendit.verify(**stranger())
+    path = tmp_path / "c.json"
+    command = ["verify", f"{__name__}:stranger", "--family", "generic", "--autocast", "bf16"]
+    assert main([*command, "--certificate", str(path)]) == 0
+    plan = json.loads(path.read_text())["plan"]
+    assert plan["family"] == "generic"
+    assert [fqn for fqn, _ in plan["edits"]] == ["1"]
 
 
 def test_adaln_zero_is_not_compared_as_zero():
