@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,7 +167,7 @@ def verify(
     report.certificate.update(_certificate(report, model, candidate, cfg, sp_size, shares, task))
     if everyone.is_first():
         if certificate is not None:
-            Path(certificate).write_text(json.dumps(report.certificate, indent=2) + "\n")
+            Path(certificate).write_text(json.dumps(report.certificate, indent=2, allow_nan=False) + "\n")
         if not quiet:
             print(report)
     return report
@@ -255,7 +256,7 @@ def _certificate(
     shapes = json.dumps([[name, list(p.shape)] for name, p in model.named_parameters()])
     return {
         "certified": bool(report),
-        "rows": [{**vars(row), "ok": row.ok} for row in report.rows],
+        "rows": [{**vars(row), "error": _in_json(row.error), "ok": row.ok} for row in report.rows],
         "problems": list(report.problems),
         "versions": {"opendit": opendit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": str(next(model.parameters()).device),
@@ -272,6 +273,10 @@ def _certificate(
         "hashes": {"parameter names and shapes": _hash(shapes), "batch": task.hash()},
         "seed": task.seed,
     }
+
+
+def _in_json(error: float) -> float | str:
+    return error if math.isfinite(error) else str(error)  # JSON has no infinity
 
 
 def _hash(text: str) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 import opendit
 from opendit.__main__ import main
+from opendit.patch.core import plan_of
 from tests.fastseq import verifying
 from tests.launch import of_every_rank
 from tests.tiny_models import Mlp
@@ -59,6 +60,7 @@ def test_a_residual_in_bf16_is_held_against_a_plain_model_that_has_one():
 def test_says_who_is_wrong():
     assert "blocks." in found("q and k mixed up")[0][1]
     assert "such as" in found("stale ema")[0][1]
+    assert all("one process fails" in said for _, said in found("one process fails"))
 
 
 def test_one_process_and_the_certificate(tmp_path, capsys):
@@ -75,6 +77,24 @@ def test_one_process_and_the_certificate(tmp_path, capsys):
     assert certificate["hashes"]
     assert certificate["versions"]["torch"] == torch.__version__
     assert all(torch.equal(p, before[name]) for name, p in arguments["model"].named_parameters())
+
+
+def test_the_certificate_is_json_where_errors_are_infinite(tmp_path):
+    def loss(model, *args):
+        if plan_of(model) is not None:
+            raise ValueError("not today")
+        return verifying.diffusion_loss(model, *args)
+
+    path = tmp_path / "c.json"
+    report = opendit.verify(**verifying.arguments(), quiet=True, loss=loss, certificate=path)
+    assert "not today" in str(report)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    certificate = json.loads(path.read_text(), parse_constant=refuse)
+    assert not certificate["certified"]
+    assert {row["error"] for row in certificate["rows"]} == {"inf"}
 
 
 def stranger():
