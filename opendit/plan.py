@@ -24,7 +24,8 @@ from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
 from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, resolve
-from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
+from opendit.patch.spread import ComparesModelInputs
+from opendit.patch.spreading import attention_shape, plain_projections, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
 
 
@@ -81,6 +82,8 @@ def _spread(
     planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
 ) -> Choices:
     """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    if cfg.compile:
+        put_around(planner, "", ComparesModelInputs, "its arguments are compared among processes at first")
     if isinstance(family.spread, Alternating):
         plan_alternating(planner, model, family)
         itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
