@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare the accelerated model with the plain one")
     verify.add_argument("target", help="PACKAGE.MODULE:FUNCTION, which returns verify's arguments as a mapping")
     verify.add_argument("--sp-size", type=int, default=1, help="processes that share a sequence")
+    verify.add_argument("--family", default=None, help="insist on a family; 'generic' takes any model")
     verify.add_argument("--config", default=None, help="a recipe's name, or a JSON object of BoosterConfig's fields")
     verify.add_argument("--autocast", choices=sorted(_LOW), default=None, help="compare in this precision as well")
     verify.add_argument("--seed", type=int, default=0)
@@ -79,6 +80,7 @@ def _verify(given: argparse.Namespace) -> int:
         **found,
         booster_cfg=_config(given.config),
         sp_size=given.sp_size,
+        family=given.family,
         autocast=_LOW.get(given.autocast),
         seed=given.seed,
         certificate=given.certificate,

@@ -143,12 +143,15 @@ def together(model: nn.Module, task: Task, share: int, shares: int, autocast: to
     """The accelerated model on this process's share; gradients averaged over the world, as DDP does."""
     run = Run()
     states: list[Tensor] = []
+    said: str | None = None
     try:
         _one_share(model, task, share, shares, run, autocast, states)
     except ValueError as error:
-        # The comparison of inputs stops every process alike.
-        run.problems.append(str(error))
-        return run
+        said = str(error)
+    problems = [problem for problem in gathered(said) if problem is not None]
+    if problems:
+        # The comparison of inputs stops every process alike; of anything else the others must hear, to stop too.
+        return Run(problems=list(dict.fromkeys(problems)))
     if several():
         for parameter in model.parameters():
             if parameter.grad is not None:

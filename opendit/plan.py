@@ -19,12 +19,13 @@ from opendit.kernels import fp8, spec
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Edit, Plan, notes
-from opendit.patch.generic import generic
+from opendit.patch.generic import generic, plan_division
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
 from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, resolve
-from opendit.patch.spreading import attention_shape, plain_projections, plan_spread
+from opendit.patch.spread import ComparesModelInputs
+from opendit.patch.spreading import attention_shape, plain_projections, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
 
 
@@ -57,6 +58,10 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     _check_used(cfg, planner)
     _check_blocks(cfg, planner, choices, family)
     plan_precision(planner, model, cfg.precision)
+    units = (*family.called_apart, *(name for name, _ in family.blocks_of(model)))
+    if family.name == GENERIC.name:
+        units = ()  # nobody says which modules are called only through their block
+        plan_division(planner, cfg.plugin if cfg.engine == "torch" else None)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
@@ -67,7 +72,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
         kept=tuple(planner.kept),
         choices=choices,
         compiled=compiled,
-        units=(*family.called_apart, *(name for name, _ in family.blocks_of(model))),
+        units=units,
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
         stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
@@ -77,6 +82,8 @@ def _spread(
     planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
 ) -> Choices:
     """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    if cfg.compile:
+        put_around(planner, "", ComparesModelInputs, "its arguments are compared among processes at first")
     if isinstance(family.spread, Alternating):
         plan_alternating(planner, model, family)
         itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ def verify(
     booster_cfg: BoosterConfig[Any] | Mapping[str, Any] | str | None = None,
     *,
     sp_size: int = 1,
+    family: str | None = None,
     loss: Callable[..., Tensor] | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ema: Callable[[nn.Module, nn.Module], object] | None = None,
@@ -91,16 +93,18 @@ def verify(
     certificate: str | Path | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Compares `accelerate(model, booster_cfg, sp_size=sp_size)` with `model`: outputs, loss, every gradient, one step.
+    """Compares `accelerate(model, booster_cfg, sp_size=sp_size, family=family)` with `model`: outputs, loss, every
+    gradient, one step.
 
     `model` is not changed: copies are compared. With several processes every one makes this call, with the same model
     and the same (global) batch; a group's share is cut from it. Parameters that are all zero, as adaLN-Zero starts
     with, get small random values in the copies, for behind them everything is zero and a comparison says nothing.
 
     Args:
-        model: a model of a known family, not accelerated.
+        model: a model of a known family (any, see `family`), not accelerated.
         batch: the model's arguments, positional or by name. Tensors' first dimension is the batch's; it must be
             divisible by the number of data-parallel groups.
+        family: as `accelerate` takes it: None recognises the model, `"generic"` takes any.
         loss: `loss(model, *batch)` (or `**batch`) gives a scalar; it may draw noise and timesteps. Without it, the
             mean of the output's square.
         optimizer: a factory, called on the parameters; without it SGD. One step is taken and compared.
@@ -147,7 +151,7 @@ def verify(
 
     plain = measuring.reference_copy(model, seed)
     candidate = measuring.fresh_copy(plain, torch.float64)
-    api.accelerate(candidate, edits, sp_size=sp_size)
+    api.accelerate(candidate, edits, sp_size=sp_size, family=family)
     share, shares = parallel.data_parallel_rank(candidate), parallel.data_parallel_size(candidate)
     task.check(shares)
 
@@ -156,7 +160,7 @@ def verify(
     rows, problems = _compare(found, expected), [*expected.problems, *found.problems]
     if autocast is not None:
         low = measuring.fresh_copy(plain, torch.float32)
-        api.accelerate(low, edits, sp_size=sp_size)
+        api.accelerate(low, edits, sp_size=sp_size, family=family)
         more, said = _by_ratio(plain, low, task, share, shares, autocast)
         rows, problems = rows + more, problems + said
     compared = sum(row.compared for row in rows if row.what == "gradients")
@@ -168,7 +172,7 @@ def verify(
     report.certificate.update(_certificate(report, model, candidate, cfg, sp_size, shares, task))
     if everyone.is_first():
         if certificate is not None:
-            Path(certificate).write_text(json.dumps(report.certificate, indent=2) + "\n")
+            Path(certificate).write_text(json.dumps(report.certificate, indent=2, allow_nan=False) + "\n")
         if not quiet:
             print(report)
     return report
@@ -257,7 +261,7 @@ def _certificate(
     shapes = json.dumps([[name, list(p.shape)] for name, p in model.named_parameters()])
     return {
         "certified": bool(report),
-        "rows": [{**vars(row), "ok": row.ok} for row in report.rows],
+        "rows": [{**vars(row), "error": _in_json(row.error), "ok": row.ok} for row in report.rows],
         "problems": list(report.problems),
         "versions": {"opendit": opendit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": str(next(model.parameters()).device),
@@ -274,6 +278,10 @@ def _certificate(
         "hashes": {"parameter names and shapes": _hash(shapes), "batch": task.hash()},
         "seed": task.seed,
     }
+
+
+def _in_json(error: float) -> float | str:
+    return error if math.isfinite(error) else str(error)  # JSON has no infinity
 
 
 def _hash(text: str) -> str:

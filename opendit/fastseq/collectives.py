@@ -53,7 +53,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, line: Line) -> Tensor:
         ctx.line, ctx.local = line, part.shape[1]
-        return in_order(ops.gather(part, line))[:, : total_length(part.shape[1], line.sp)].contiguous()
+        return joined(ops.gather(part, line), total_length(part.shape[1], line.sp))
 
     @staticmethod
     @once_differentiable
@@ -68,6 +68,12 @@ def in_order(parts: Tensor) -> Tensor:
     """[n, B, l, …] → [B, n·l, …]; a view where B is 1."""
     n, B, local = parts.shape[:3]
     return parts.transpose(0, 1).reshape(B, n * local, *parts.shape[3:])
+
+
+def joined(parts: Tensor, length: int) -> Tensor:
+    """[n, B, l, …] → [B, length, …], without padding; a copy, so that code may write into what a Function returns."""
+    local = parts.shape[2]
+    return torch.cat([part[:, : real(length, local, r)] for r, part in enumerate(parts.unbind(0))], 1)
 
 
 def split_tokens(x: Tensor, sp: int) -> Tensor:

@@ -1,8 +1,9 @@
 """A cheap look, in the first steps, at whether the processes that share a sequence were given the same one.
 
 Different noise, timesteps or labels within a group give a loss that looks normal and gradients of no model. So the
-arguments of the first block are sampled at a few places and compared, and so is the random state in training, for label
-drops are drawn from it inside the model. Every process sees the same comparison, so all stop.
+arguments of the first block (of the model, where blocks are compiled) are sampled at a few places and compared, and so
+is the random state in training, for label drops are drawn from it inside the model. Every process sees the same
+comparison, so all stop.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ _TENSORS, _PLACES = 6, 32
 _TOLERANCE = 0.02
 
 
-def compare(tensors: list[Tensor], sp_size: int, *, training: bool) -> str | None:
+def compare(tensors: list[Tensor], sp_size: int, *, training: bool, of: str) -> str | None:
     """Raises `ValueError` on every process of a group whose inputs differ; returns what else is worth saying.
 
+    `of`: whose arguments they are, in words.
     In training with gradients, equal inputs in different groups (data-parallel copies of one batch) are worth it.
     """
     place = groups(sp_size)
@@ -33,11 +35,11 @@ def compare(tensors: list[Tensor], sp_size: int, *, training: bool) -> str | Non
     here = device if place.mesh.device_type == "cuda" else torch.device("cpu")
     if not training:
         rows = _gathered(mine.to(here), place.sp)
-        _check(rows, sp_size, first=(place.dp_rank * sp_size))
+        _check(rows, sp_size, place.dp_rank * sp_size, of)
         return None
     rows = _gathered(mine.to(here), dist.group.WORLD)
     for group in range(place.dp_size):
-        _check(rows[group * sp_size : (group + 1) * sp_size], sp_size, first=group * sp_size)
+        _check(rows[group * sp_size : (group + 1) * sp_size], sp_size, group * sp_size, of)
     samples = rows[::sp_size, 2:]
     if place.dp_size > 1 and all(torch.equal(samples[0], other) for other in samples[1:]):
         return (
@@ -72,7 +74,7 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return rows.cpu()
 
 
-def _check(rows: Tensor, sp_size: int, first: int) -> None:
+def _check(rows: Tensor, sp_size: int, first: int, of: str) -> None:
     ranks = f"ranks {first} to {first + sp_size - 1}, which share a sequence (sp_size={sp_size}),"
     if not (rows[:, 0] == rows[0, 0]).all():
         raise ValueError(f"{ranks} were given inputs of different shapes or dtypes; give all of a group the same batch")
@@ -82,7 +84,7 @@ def _check(rows: Tensor, sp_size: int, first: int) -> None:
     # Not-a-number everywhere is the caller's own trouble, and not a difference.
     if off.any():
         raise ValueError(
-            f"{ranks} were given different inputs (argument {int(off.nonzero()[0])} of the first block: noise, "
+            f"{ranks} were given different inputs (argument {int(off.nonzero()[0])} of {of}: noise, "
             "timesteps, labels or samples). Shard the data by opendit.data_parallel_rank(model), and call "
             "opendit.seed(seed, model) before anything random is drawn"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,8 +27,8 @@ _LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 class Groups:
     """This process's place in the mesh, and the groups it communicates in.
 
-    `sp` is all that share its sequence; `ulysses` and `ring` are rows and columns of it; `dp` holds the processes with
-    its sequence rank.
+    `sp` is all that share its sequence, in a group that is never the world's; `ulysses` and `ring` are rows and columns
+    of it; `dp` holds the processes with its sequence rank.
     """
 
     mesh: DeviceMesh
@@ -131,18 +131,27 @@ def groups(sp_size: int, ring: int = 1) -> Groups:
 def _build(sp_size: int, ring: int) -> Groups:
     from torch.distributed.device_mesh import init_device_mesh
 
-    check_size(sp_size)
-    dp_size = dist.get_world_size() // sp_size
     kind = device_type()
-    mesh = init_device_mesh(kind, (dp_size, sp_size), mesh_dim_names=("dp", "sp"))
-    sp, dp = mesh.get_group("sp"), mesh.get_group("dp")
-    ulysses: ProcessGroup | None
-    columns: ProcessGroup | None
-    if ring in (1, sp_size):
-        ulysses, columns = (sp if ring == 1 else None), (sp if ring > 1 else None)
-    else:
-        names = ("dp_outer", "ring", "ulysses")
-        inner = init_device_mesh(kind, (dp_size, ring, sp_size // ring), mesh_dim_names=names)
-        ulysses, columns = inner.get_group("ulysses"), inner.get_group("ring")
-    rank = dist.get_rank()
-    return Groups(mesh, sp, dp, ulysses, columns, rank % sp_size, sp_size, rank // sp_size, dp_size)
+    if ring == 1:
+        check_size(sp_size)
+        dp_size = dist.get_world_size() // sp_size
+        mesh = init_device_mesh(kind, (dp_size, sp_size), mesh_dim_names=("dp", "sp"))
+        sp, dp = mesh.get_group("sp"), mesh.get_group("dp")
+        if dp_size == 1:
+            # The mesh takes the world's group, which averages gradients: all-to-alls would queue behind them.
+            sp = cast("ProcessGroup", dist.new_group(timeout=_timeout(kind)))
+        rank = dist.get_rank()
+        return Groups(mesh, sp, dp, sp, None, rank % sp_size, sp_size, rank // sp_size, dp_size)
+    place = groups(sp_size)
+    if ring == sp_size:
+        return replace(place, ulysses=None, ring=place.sp)
+    names = ("dp_outer", "ring", "ulysses")
+    inner = init_device_mesh(kind, (place.dp_size, ring, sp_size // ring), mesh_dim_names=names)
+    return replace(place, ulysses=inner.get_group("ulysses"), ring=inner.get_group("ring"))
+
+
+def _timeout(kind: str) -> datetime.timedelta | None:
+    """The world's own, where it tells."""
+    backend = cast(Any, dist.group.WORLD)._get_backend(torch.device(kind))
+    found: datetime.timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return found

@@ -73,12 +73,19 @@ def gather_into(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None
     call(out, x, group=group)
 
 
-def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], line: Line) -> Tensor:
-    """One all-to-all of a flat tensor: `send[r]` elements go to rank r, `receive[r]` come from it, in that order."""
+def exchange(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], line: Line, shape: Sequence[int] | None = None
+) -> Tensor:
+    """One all-to-all of a flat tensor: `send[r]` elements go to rank r, `receive[r]` come from it, in that order.
+
+    The result is flat, or of `shape`; it is no view of another tensor, so that a Function may return it to code that
+    writes in place.
+    """
+    shape = [sum(receive)] if shape is None else list(shape)
     if torch.compiler.is_compiling():
-        return torch.ops.opendit.sp_exchange(x, list(send), list(receive), *line)
-    out = x.new_empty(sum(receive))
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=line.group)
+        return torch.ops.opendit.sp_exchange(x, list(send), list(receive), shape, *line)
+    out = x.new_empty(shape)
+    dist.all_to_all_single(out.view(-1), x.contiguous(), list(receive), list(send), group=line.group)
     return out
 
 
@@ -129,13 +136,15 @@ def _(x: Tensor, sp: int, ring: int, axis: str) -> Tensor:
 
 
 @torch.library.custom_op("opendit::sp_exchange", mutates_args=())
-def _exchange(x: Tensor, send: list[int], receive: list[int], sp: int, ring: int, axis: str) -> Tensor:
-    return exchange(x, send, receive, Line(sp, ring, axis))
+def _exchange(
+    x: Tensor, send: list[int], receive: list[int], shape: list[int], sp: int, ring: int, axis: str
+) -> Tensor:
+    return exchange(x, send, receive, Line(sp, ring, axis), shape)
 
 
 @_exchange.register_fake
-def _(x: Tensor, send: list[int], receive: list[int], sp: int, ring: int, axis: str) -> Tensor:
-    return x.new_empty(sum(receive))
+def _(x: Tensor, send: list[int], receive: list[int], shape: list[int], sp: int, ring: int, axis: str) -> Tensor:
+    return x.new_empty(shape)
 
 
 @torch.library.custom_op("opendit::sp_shift", mutates_args=())

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opendit.fastseq import ops
-from opendit.fastseq.collectives import in_order
+from opendit.fastseq.collectives import joined
 from opendit.fastseq.ops import Line
 from opendit.fastseq.shards import evenly, local_length, real
 
@@ -109,7 +109,7 @@ def _tokens_first(x: Tensor, total: int, line: Line) -> Tensor:
     packed = whole.reshape(here, n, local, D).transpose(0, 1).reshape(-1)
     row = local * D
     # Frames come in their order, so what is received is the result.
-    return ops.exchange(packed, [here * row] * n, [m * row for m in counts], line).view(total, local, D)
+    return ops.exchange(packed, [here * row] * n, [m * row for m in counts], line, (total, local, D))
 
 
 def _frames_first(x: Tensor, T: int, line: Line) -> Tensor:
@@ -119,7 +119,7 @@ def _frames_first(x: Tensor, T: int, line: Line) -> Tensor:
     flat = ops.exchange(x.reshape(-1), [m * row for m in counts], [here * row] * line.size, line)
     if not here:
         return x.new_zeros((1, T, D))
-    return in_order(flat.view(line.size, here, local, D))[:, :T].contiguous()
+    return joined(flat.view(line.size, here, local, D), T)
 
 
 class _ToTokens(torch.autograd.Function):

@@ -25,7 +25,9 @@ def generic(model: nn.Module) -> Family:
     lists: list[str] = []
     for name, module in model.named_modules():
         alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and len(module) > 1
-        if alike and not any(name.startswith(f"{outer}.") for outer in lists):
+        # Lists of lists hold what is called; they are not called themselves.
+        called = alike and all(type(child).forward is not nn.Module.forward for child in module.children())
+        if called and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
     return dataclasses.replace(GENERIC, plan=plan, blocks=tuple(lists))
 
@@ -40,6 +42,16 @@ def plan(model: Any, planner: Planner) -> None:
             continue
         if _plan(planner, name, module):
             inside.append(name)
+
+
+def plan_division(planner: Planner, plugin: str | None) -> None:
+    """Says what not knowing the model costs where a plugin gathers parameters unit by unit."""
+    if plugin not in (None, "ddp"):
+        planner.keep(
+            "",
+            f"its parameters are one unit of {plugin!r}, gathered all at once, which takes the memory of all of them: "
+            "parts of its blocks may be called from outside, and then a block's own unit would not be gathered",
+        )
 
 
 def _plan(planner: Planner, name: str, module: Any) -> bool:

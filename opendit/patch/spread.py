@@ -32,6 +32,8 @@ _compared: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
 class ComparesInputs(Patched):
     """Base of what stands around the first block: its arguments must be alike on all that share a sequence."""
 
+    _opendit_place: ClassVar[str] = "the first block"
+
     def _compare_inputs(self, *values: Any) -> None:
         if torch.compiler.is_compiling():
             return
@@ -41,9 +43,20 @@ class ComparesInputs(Patched):
         if times.get(training, 0) < inputs.STEPS:
             times[training] = times.get(training, 0) + 1
             tensors = [value for value in values if isinstance(value, Tensor)]
-            said = inputs.compare(tensors, self._opendit_sequence.size, training=training)
+            size, place = self._opendit_sequence.size, self._opendit_place
+            said = inputs.compare(tensors, size, training=training, of=place) if tensors else None
             if said is not None:
                 self._note(said)
+
+
+class ComparesModelInputs(ComparesInputs):
+    """Around the model whose blocks are compiled one by one: a traced first block compares nothing."""
+
+    _opendit_place = "the model"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._compare_inputs(*args, *kwargs.values())
+        return cast(Any, super()).forward(*args, **kwargs)
 
 
 class SplitTokens(ComparesInputs):

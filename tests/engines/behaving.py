@@ -15,8 +15,9 @@ from torch import nn
 
 import opendit
 from opendit.engines import Setup, engines
-from tests.comparing import run, worst
+from tests.comparing import build, run, worst
 from tests.engines.training import PLUGINS, adamw, case, named, on, tiny_of, twin, whole
+from tests.tiny_models import Tiny
 
 DIVIDING = tuple(p for p in PLUGINS if p != "ddp")
 
@@ -40,6 +41,8 @@ def cases(world: int) -> dict[str, Any]:
     found["restore"] = restored
     found["different seeds"] = different_seeds
     found["refusals"] = refusals
+    for name in ("lists of lists", "diffusers"):
+        found[f"generic/{name}"] = functools.partial(generic, name)
     found["no_sync"] = what_no_sync_spares
     found["names"] = names_and_places
     return found
@@ -56,6 +59,36 @@ CHECKPOINTED = [
 
 def checkpointing(plugin: str, kind: str) -> dict[str, Any]:
     return case(plugin, "dit", 2 if kind == "full" else 1, activation_checkpointing=kind)
+
+
+class ListsOfLists(nn.Module):
+    """Layers as pairs in a list, which nobody calls: the layout of many transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = ([nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(2)] for _ in range(3))
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first, second in self.layers:
+            x = x + first(x)
+            x = x + second(x)
+        return x
+
+
+def generic(name: str) -> tuple[float, str]:
+    """A model that nobody describes, in parts: the worst error, and what is said of it."""
+    lists = Tiny(
+        name, "generic", ListsOfLists, lambda dtype, _: ((torch.arange(36, dtype=dtype).view(2, 3, 6).sin(),), {})
+    )
+    tiny, plain = (lists, build(lists, torch.float64)) if name == "lists of lists" else tiny_of(name)
+    model = opendit.accelerate(twin(plain), {"plugin": "zero3"}, family="generic")
+    found = run(model, tiny)
+    whole = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    text = io.StringIO()
+    opendit.explain(model, file=text)
+    rest = {key: value for key, value in found.items() if key in ("output", "input")}
+    return worst({**rest, **whole}, run(plain, tiny))[0], text.getvalue()
 
 
 def whole_blocks(plugin: str, keep: str) -> tuple[int, dict[str, Any]]:

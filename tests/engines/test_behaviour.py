@@ -34,6 +34,13 @@ def test_compiled_blocks(plugin):
         assert error <= 1e-10, name
 
 
+@pytest.mark.parametrize("name", ["lists of lists", "diffusers"])
+def test_a_model_that_nobody_describes_is_one_unit(name):
+    for error, said in of(f"generic/{name}"):
+        assert error <= 1e-10
+        assert "its parameters are one unit of 'zero3'" in said
+
+
 @pytest.mark.parametrize("plugin", ["zero1", "gemini"])
 def test_bf16_reduction_rounds_gradients_to_bf16_and_no_more(plugin):
     for error in of(f"bf16 reduction/{plugin}"):

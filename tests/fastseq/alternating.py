@@ -40,6 +40,7 @@ def cases(world: int) -> dict[str, Any]:
         found[f"rows/{sp}"] = functools.partial(_rows, sp, 40)
     found["images"] = functools.partial(_images, world)
     found["no images"] = functools.partial(_of, Tiny("", "latte", UserLatteIMG, _latte_inputs(2)), world, world)
+    found |= {f"in place/{batch}": functools.partial(_in_place, world, batch) for batch in (1, 2)}
     flash = dataclasses.replace(LATTE, build=lambda: UserLatte(attention_mode="flash"))
     found["flash"] = functools.partial(_of, flash, world, world)
     found["whole blocks"] = functools.partial(_whole_blocks, world)
@@ -71,6 +72,18 @@ def of_size(frames: int, side: int, batch: int, depth: int = 2) -> Tiny:
 def _images(world: int) -> tuple[float, float, str]:
     """Four images to three frames: most frames that a process has are not the video's."""
     tiny = Tiny("", "latte", lambda: UserLatteIMG(classes=9), functools.partial(_latte_img_inputs, images=4))
+    return _of(tiny, world, world)
+
+
+class InPlaceLatte(UserLatte):
+    """Writes into what blocks return, as models may."""
+
+    def block(self, i, x, c):
+        return super().block(i, x, c).mul_(1.5)
+
+
+def _in_place(world: int, batch: int) -> tuple[float, float, str]:
+    tiny = Tiny("", "latte", lambda: InPlaceLatte(depth=4), _latte_inputs(2, batch=batch))
     return _of(tiny, world, world)
 
 

@@ -38,6 +38,9 @@ def cases(world: int) -> dict[str, Any]:
         found[f"fully_shard/{method}"] = functools.partial(sharded, method, world)
     for name in ("dit", "latte"):
         found[f"compiled blocks/{name}"] = functools.partial(compiled_blocks, name, world)
+    for name in ("dit", "latte"):
+        found[f"different inputs, compiled/{name}"] = functools.partial(different_inputs, name, world)
+    found["groups"] = functools.partial(groups_apart, world)
     found["autocast"] = functools.partial(autocast, world)
     found["regather"] = functools.partial(regathered, world)
     for name in ("dit", "latte"):
@@ -84,6 +87,34 @@ def compiled_blocks(name: str, world: int) -> float:
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     return _error(model, plain, name)
+
+
+def different_inputs(name: str, world: int) -> str:
+    """What is said where blocks are compiled and processes of a group have other noise."""
+    model = opendit.accelerate(build(tiny_of[name]), {"compile": True, "kernels": "reference"}, sp_size=world)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    (x, *rest), kwargs = tiny_of[name].inputs(torch.float32, torch.device("cpu"))
+    try:
+        model(x + dist.get_rank(), *rest, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def groups_apart(world: int) -> list[bool]:
+    """Which of what is meant of the groups holds."""
+    from opendit.fastseq.mesh import _timeout, groups
+
+    every = [groups(world, ring) for ring in (1, world)]
+    mine = every[0].sp
+    seconds = [pg._get_backend(torch.device("cpu")).options._timeout for pg in (mine, dist.group.WORLD)]
+    return [
+        mine is not dist.group.WORLD,
+        all(place.sp is mine and place.dp is every[0].dp and place.mesh is every[0].mesh for place in every),
+        dist.get_process_group_ranks(mine) == list(range(world)),
+        seconds[0] == seconds[1] == _timeout("cpu"),
+    ]
 
 
 def inference(name: str, world: int) -> float:

@@ -20,7 +20,7 @@ def found(world: int, case: str):
 
 
 @pytest.mark.parametrize(
-    ("world", "case"), [(w, c) for w, c in CASES if c.split("/")[0] in ("video", "images", "flash")]
+    ("world", "case"), [(w, c) for w, c in CASES if c.split("/")[0] in ("video", "images", "flash", "in place")]
 )
 def test_as_one_device(world: int, case: str):
     for loss, gradient, name in found(world, case):

@@ -20,6 +20,17 @@ def test_right(case: str):
     assert max(found(case)) <= 1e-10
 
 
+@pytest.mark.parametrize("name", ["dit", "latte"])
+def test_inputs_are_compared_where_blocks_are_compiled(name: str):
+    for said in found(f"different inputs, compiled/{name}"):
+        assert "were given different inputs (argument 0 of the model" in said
+
+
+def test_groups_are_their_own_and_made_once():
+    for holds in found("groups"):
+        assert holds == [True] * 4
+
+
 @pytest.mark.parametrize("name", behaving.NAMES)
 def test_copies_are_spread_and_restore_is_exact(name: str):
     for errors in found(f"copies/{name}"):

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 import opendit
+from opendit.__main__ import main
+from opendit.patch.core import plan_of
 from tests.fastseq import verifying
 from tests.launch import of_every_rank
+from tests.tiny_models import Mlp
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -57,6 +60,7 @@ def test_a_residual_in_bf16_is_held_against_a_plain_model_that_has_one():
 def test_says_who_is_wrong():
     assert "blocks." in found("q and k mixed up")[0][1]
     assert "such as" in found("stale ema")[0][1]
+    assert all("one process fails" in said for _, said in found("one process fails"))
 
 
 def test_one_process_and_the_certificate(tmp_path, capsys):
@@ -73,6 +77,41 @@ def test_one_process_and_the_certificate(tmp_path, capsys):
     assert certificate["hashes"]
     assert certificate["versions"]["torch"] == torch.__version__
     assert all(torch.equal(p, before[name]) for name, p in arguments["model"].named_parameters())
+
+
+def test_the_certificate_is_json_where_errors_are_infinite(tmp_path):
+    def loss(model, *args):
+        if plan_of(model) is not None:
+            raise ValueError("not today")
+        return verifying.diffusion_loss(model, *args)
+
+    path = tmp_path / "c.json"
+    report = opendit.verify(**verifying.arguments(), quiet=True, loss=loss, certificate=path)
+    assert "not today" in str(report)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    certificate = json.loads(path.read_text(), parse_constant=refuse)
+    assert not certificate["certified"]
+    assert {row["error"] for row in certificate["rows"]} == {"inf"}
+
+
+def stranger():
+    """Of no known family; with a part that is recognised, so that there is something to compare."""
+    model = nn.Sequential(nn.Linear(5, 8), Mlp(8, 16))
+    return {"model": model, "batch": (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),)}
+
+
+def test_a_model_that_nobody_describes(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no known family"):
+        opendit.verify(**stranger())
+    path = tmp_path / "c.json"
+    command = ["verify", f"{__name__}:stranger", "--family", "generic", "--autocast", "bf16"]
+    assert main([*command, "--certificate", str(path)]) == 0
+    plan = json.loads(path.read_text())["plan"]
+    assert plan["family"] == "generic"
+    assert [fqn for fqn, _ in plan["edits"]] == ["1"]
 
 
 def test_adaln_zero_is_not_compared_as_zero():

@@ -14,6 +14,7 @@ from torch import nn
 
 import opendit
 from opendit import measuring
+from opendit.patch.core import plan_of
 from opendit.patch.spread import SpreadAttention
 from tests.fastseq import alternating, going_wrong
 from tests.tiny_models import TINY, UserDiT, UserLatte
@@ -83,6 +84,14 @@ def _video_noise_by_rank(model: nn.Module, *args: Any) -> torch.Tensor:
     return _video_loss(model, *args)
 
 
+def _fails_in_one(model: nn.Module, *args: Any) -> torch.Tensor:
+    """A loss that one process can't compute of the accelerated model."""
+    loss = diffusion_loss(model, *args)
+    if dist.get_rank() == 1 and plan_of(model) is not None:
+        raise ValueError("one process fails")
+    return loss
+
+
 def _coarse() -> tuple[bool, str]:
     """Attention's output in bf16 with three bits less."""
     original = SpreadAttention._attend
@@ -129,6 +138,7 @@ WRONG: dict[str, Callable[[], tuple[bool, str]]] = {
     "noise alike across groups": lambda: verdict(loss=_alike),
     **{f"latte, {name}": functools.partial(_videos, name) for name in _PLANTED},
     "latte, noise differs in a group": lambda: _videos(loss=_video_noise_by_rank),
+    "one process fails": lambda: verdict(sp_size=1, loss=_fails_in_one),
     "coarse attention": _coarse,
     "residual in bf16": _lower_residual,
     "stale ema": lambda: verdict(ema=lambda average, model: None),

@@ -145,6 +145,14 @@ def test_compile_takes_the_blocks_it_finds(monkeypatch):
         opendit.accelerate(nn.Linear(2, 2), {"compile": True}, family="generic")
 
 
+def test_lists_of_lists_are_no_blocks(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    pairs = [nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]) for _ in range(2)]
+    model = opendit.accelerate(nn.ModuleList(pairs), {"compile": True}, family="generic")
+    assert compiled == [linear for both in model for linear in both]
+
+
 @pytest.mark.parametrize(
     ("asked", "field"),
     [
