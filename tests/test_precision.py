@@ -155,7 +155,7 @@ def test_the_scale_moves_as_torchs_does(monkeypatch):
         assert again.state() == ours.state()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "replicas"])
 def test_gradients_are_true_ones_accumulated_and_clipped(kind):
     for ours, theirs in of_every_rank(CASES, 2, f"gradients/{kind}"):
         assert theirs < 0.01
