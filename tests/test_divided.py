@@ -13,6 +13,10 @@ def test_norms_are_those_of_the_whole():
     assert max(outcome("norms")) < 1e-12
 
 
+def test_what_is_not_finite_in_one_process_is_so_for_all():
+    assert outcome("nan") == [[], []]
+
+
 def test_changes_in_place_are_those_of_the_whole():
     assert outcome("in place") == [[], []]
 
