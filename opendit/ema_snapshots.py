@@ -49,6 +49,11 @@ def write(folder: str, ema: Any) -> None:
     os.replace(temporary, final)
 
 
+def check_packages() -> None:
+    """Raises `ImportError` where what `write` needs is missing."""
+    _safetensors("torch")
+
+
 def posthoc_ema(folder: str | os.PathLike[str], *, std: float, step: int | None = None) -> dict[str, Tensor]:
     """The average of width `std` (σ_rel) over the steps up to `step`, synthesised from snapshots after training.
 
