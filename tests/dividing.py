@@ -80,7 +80,10 @@ def not_a_number() -> list[str]:
         wrong += [
             f"{value} on {bad}: a norm of order {order} is {norm}"
             for order in (2.0, math.inf)
-            for norm in (float(divided[0].grad.norm(order)), float(nn.utils.get_total_norm([p.grad for p in divided], order)))
+            for norm in (
+                float(divided[0].grad.norm(order)),
+                float(nn.utils.get_total_norm([p.grad for p in divided], order)),
+            )
             if math.isfinite(norm) or math.isnan(value) != math.isnan(norm)
         ]
     return wrong
