@@ -55,6 +55,16 @@ def test_each_local_length_stands_for_one_length():
         shards.total_length(77, sp)
 
 
+def test_chosen_for_where_an_engine_takes_the_model(monkeypatch):
+    from opendit import plan
+
+    monkeypatch.setattr(plan, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    model = torch.nn.Linear(2, 2)
+    for plugin, there in ((None, "cpu"), ("ddp", "cpu"), ("zero3", "cuda:1"), ("gemini", "cuda:1")):
+        assert str(plan._placed_on(model, opendit.BoosterConfig(plugin=plugin))) == there
+
+
 def test_heads_are_spread_evenly():
     assert shards.evenly(7, 3) == [3, 2, 2]
     assert shards.evenly(2, 4) == [1, 1, 0, 0]
