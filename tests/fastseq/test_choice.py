@@ -55,6 +55,17 @@ def test_each_local_length_stands_for_one_length():
         shards.total_length(77, sp)
 
 
+def test_long_padding_is_said_once_and_multiples_have_none(caplog):
+    sp = 44  # sizes that no other test uses
+    lengths = range(100 * sp, 110 * sp)
+    with caplog.at_level("WARNING", logger="opendit"):
+        assert all(shards.local_length(total, sp) == total // sp for total in lengths[::sp])
+        assert not caplog.records
+        locals_of = [shards.local_length(total, sp) for total in lengths]
+    assert max(locals_of) == 100 + len(lengths) - 1
+    assert [record.getMessage().count("multiples of sp_size") for record in caplog.records] == [1]
+
+
 def test_chosen_for_where_an_engine_takes_the_model(monkeypatch):
     from opendit import plan
 
