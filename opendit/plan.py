@@ -14,6 +14,7 @@ from opendit.config import BoosterConfig
 from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
 from opendit.fastseq import methods
+from opendit.fastseq.mesh import device_type
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import fp8, spec
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
@@ -82,13 +83,14 @@ def _spread(
     planner: Planner, model: nn.Module, family: Family, cfg: BoosterConfig, choices: Choices, sp_size: int
 ) -> Choices:
     """`choices` for tokens spread over processes, and the edits that split and gather them."""
+    device = _placed_on(model, cfg)
     if cfg.compile:
         put_around(planner, "", ComparesModelInputs, "its arguments are compared among processes at first")
     if isinstance(family.spread, Alternating):
         plan_alternating(planner, model, family)
-        itemsize = 2 if cfg.residual == "bf16" and _device(model).type == "cuda" else _dtype(model).itemsize
+        itemsize = 2 if cfg.residual == "bf16" and device.type == "cuda" else _dtype(model).itemsize
         shape = video_shape(model, family)
-        sequence = fastseq_choice.switching(cfg.sequence_parallel, *shape, sp_size, _device(model), itemsize)
+        sequence = fastseq_choice.switching(cfg.sequence_parallel, *shape, sp_size, device, itemsize)
         return dataclasses.replace(choices, sequence=sequence)
     if cfg.precision == "fp8":
         raise ValueError(
@@ -118,7 +120,7 @@ def _spread(
         width,
         tokens,
         sp_size,
-        _device(model),
+        device,
         _dtype(model),
         excluded,
         cfg.regather_input,
@@ -126,6 +128,14 @@ def _spread(
     if cfg.regather_input and not sequence.regather:
         planner.keep("blocks", f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
     return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
+
+
+def _placed_on(model: nn.Module, cfg: BoosterConfig) -> torch.device:
+    """Where the model will run: FSDP2 takes it to the GPU, wherever it is now."""
+    divides = cfg.plugin not in (None, "ddp") and cfg.engine == "torch"
+    if divides and device_type() == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return _device(model)
 
 
 def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
@@ -139,7 +149,7 @@ def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
             reasons = "; ".join(sorted({kept.why for kept in planner.kept}))
             raise ValueError(
                 f"{field}: got {getattr(cfg, field)!r}, but nothing in this model would use {name}; allowed here: "
-                f"{', '.join(sorted(used))}. Leave it out, or see why parts were left: {reasons}"
+                f"{', '.join(sorted(used)) or 'none'}. Leave it out, or see why parts were left: {reasons}"
             )
 
 

@@ -54,7 +54,8 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 def _flash(q: Tensor) -> bool:
     # Head dims that are no multiple of 8 would need padding around the kernel and its backward.
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -81,9 +81,12 @@ class _GatherProject(torch.autograd.Function):
         static: Static = ctx.static
         X, *flat = ctx.saved_tensors
         weights, _ = _cut(flat, static)
-        dflat = [torch.zeros_like(p) for p in flat]
-        # Views of these: each local row is written once, in place.
-        dweights, dbiases = _cut(dflat, static._replace(dtype=None))
+        dflat = [torch.zeros_like(p) if need else None for p, need in zip(flat, ctx.needs_input_grad[2:], strict=True)]
+        # Views of these: each local row is written once, in place; None where a parameter is frozen.
+        dweights, dbiases = (
+            _cut_some(dflat[: static.weights], static.rows),
+            _cut_some(dflat[static.weights :], static.rows),
+        )
         dq = [g.flatten(2) for g in grads]
         run = _backward_overlapped if static.overlapped else _backward
         with torch.autocast(X.device.type, enabled=False):
@@ -91,8 +94,16 @@ class _GatherProject(torch.autograd.Function):
                 X = in_order(ops.gather(X, static.line))[:, : dq[0].shape[1]]
             dx = run(dq, X, weights, dweights, static.line, ctx.local, ctx.needs_input_grad[0])
             for db, g in zip(dbiases, dq, strict=False):
-                db.copy_(g.sum((0, 1)))
-        return (dx, None, *(d if need else None for d, need in zip(dflat, ctx.needs_input_grad[2:], strict=True)))
+                if db is not None:
+                    db.copy_(g.sum((0, 1)))
+        return (dx, None, *dflat)
+
+
+def _cut_some(parameters: Sequence[Tensor | None], rows: Rows) -> list[Tensor | None]:
+    """`rows.cut` of those that are there: of a packed one three times, of three once each."""
+    if len(parameters) == 1:
+        return [None] * 3 if parameters[0] is None else [*rows.cut([parameters[0]])]
+    return [None if p is None else rows.cut((p, p, p))[0] for p in parameters]
 
 
 def _cut(flat: Sequence[Tensor], static: Static) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,12 +124,19 @@ def _forward(
 
 
 def _backward(
-    dq: list[Tensor], X: Tensor, weights: list[Tensor], dweights: list[Tensor], line: Line, local: int, need_dx: bool
+    dq: list[Tensor],
+    X: Tensor,
+    weights: list[Tensor],
+    dweights: list[Tensor | None],
+    line: Line,
+    local: int,
+    need_dx: bool,
 ) -> Tensor | None:
     B, L, D = X.shape
     rows = [g.flatten(0, 1) for g in dq]
     for g, dw in zip(rows, dweights, strict=True):
-        dw.copy_(g.t() @ X.reshape(B * L, D))
+        if dw is not None:
+            dw.copy_(g.t() @ X.reshape(B * L, D))
     if not need_dx:
         return None
     dX = _input_gradient(rows, weights).view(B, L, D)
@@ -160,7 +178,13 @@ def _linear_into(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> None:
 
 
 def _backward_overlapped(
-    dq: list[Tensor], X: Tensor, weights: list[Tensor], dweights: list[Tensor], line: Line, local: int, need_dx: bool
+    dq: list[Tensor],
+    X: Tensor,
+    weights: list[Tensor],
+    dweights: list[Tensor | None],
+    line: Line,
+    local: int,
+    need_dx: bool,
 ) -> Tensor | None:
     """Each part's dx starts at its owner's successor, goes round the ring and ends with the owner, summed.
 
@@ -180,7 +204,8 @@ def _backward_overlapped(
             part = F.pad(_input_gradient(rows, weights).view(B, here, D), (0, 0, 0, local - here))
         x = next(parts)
         for g, dw in zip(rows, dweights, strict=True):
-            dw.add_(g.t() @ x[:, :here].reshape(B * here, D))
+            if dw is not None:
+                dw.add_(g.t() @ x[:, :here].reshape(B * here, D))
         ops.wait(works)
         total = part if arriving is None or part is None else part.add_(arriving)
     return total

@@ -71,7 +71,9 @@ class Family:
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList, or the names of several.
-        spread: where its sequence is split and gathered, for blocks in one list; None: it has no sequence parallelism.
+        spread: where its sequence is split and gathered, for blocks in one list: `Spread` where attention looks across
+            all tokens, `Alternating` where it looks within frames and within tokens in turn; None: it has no
+            sequence parallelism.
         called_apart: names of modules inside blocks that the model also calls from outside them.
     """
 

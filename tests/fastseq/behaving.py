@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import opendit
 from opendit.patch.core import notes
@@ -40,6 +41,9 @@ def cases(world: int) -> dict[str, Any]:
         found[f"compiled blocks/{name}"] = functools.partial(compiled_blocks, name, world)
     for name in ("dit", "latte"):
         found[f"different inputs, compiled/{name}"] = functools.partial(different_inputs, name, world)
+    for method in ("fastseq", "fastseq-overlapped-regather"):
+        for name in ("dit", "diffusers"):
+            found[f"frozen/{method}/{name}"] = functools.partial(frozen, method, name, world)
     found["groups"] = functools.partial(groups_apart, world)
     found["autocast"] = functools.partial(autocast, world)
     found["regather"] = functools.partial(regathered, world)
@@ -100,6 +104,23 @@ def different_inputs(name: str, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def frozen(method: str, name: str, world: int) -> tuple[float, int]:
+    """With some projections frozen: the error, and operations of the backward that are saved against none frozen."""
+    plain = build(tiny_of[name], torch.float64)
+    model, operations = spread(twin(plain), method, world), []
+    (x, *rest), kwargs = tiny_of[name].inputs(torch.float64, torch.device("cpu"))
+    for freeze in (False, True):
+        for either in (plain, model):
+            for key, parameter in either.named_parameters():
+                if key.endswith(("1.attn.qkv.weight", "0.attn.qkv.bias", "to_v.weight", "to_q.bias")):
+                    parameter.requires_grad_(not freeze)
+        out = tiny_of[name].output(model(x, *rest, **kwargs))
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        operations.append(counter.get_total_flops())
+    return _error(model, plain, name), operations[0] - operations[1]
 
 
 def groups_apart(world: int) -> list[bool]:

@@ -26,6 +26,13 @@ def test_inputs_are_compared_where_blocks_are_compiled(name: str):
         assert "were given different inputs (argument 0 of the model" in said
 
 
+@pytest.mark.parametrize("case", [name for name in behaving.cases(2) if name.startswith("frozen/")])
+def test_frozen_projections_cost_no_products(case: str):
+    for error, saved in found(case):
+        assert error <= 1e-10
+        assert saved > 0
+
+
 def test_groups_are_their_own_and_made_once():
     for holds in found("groups"):
         assert holds == [True] * 4

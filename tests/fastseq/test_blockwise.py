@@ -58,3 +58,16 @@ def test_as_exact_as_torchs_own(device, dtype, head_dim):
     truth = by_autograd(*(t.double() for t in given))
     ours, theirs = errors(in_blocks(*given, 100), truth), errors(by_autograd(*given), truth)
     assert all(mine <= 2 * own + 1e-7 for mine, own in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "expected"),
+    [(64, (8, 0), True), (256, (9, 0), True), (264, (9, 0), False), (64, (7, 5), False)],
+)
+def test_torchs_kernel_only_where_it_runs(monkeypatch, head_dim, capability, expected):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = torch.empty(1, 2, 1, head_dim, dtype=torch.bfloat16).as_subclass(OnGPU)
+    assert blockwise._flash(q) == expected

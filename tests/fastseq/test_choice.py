@@ -55,6 +55,27 @@ def test_each_local_length_stands_for_one_length():
         shards.total_length(77, sp)
 
 
+def test_long_padding_is_said_once_and_multiples_have_none(caplog):
+    sp = 44  # sizes that no other test uses
+    lengths = range(100 * sp, 110 * sp)
+    with caplog.at_level("WARNING", logger="opendit"):
+        assert all(shards.local_length(total, sp) == total // sp for total in lengths[::sp])
+        assert not caplog.records
+        locals_of = [shards.local_length(total, sp) for total in lengths]
+    assert max(locals_of) == 100 + len(lengths) - 1
+    assert [record.getMessage().count("multiples of sp_size") for record in caplog.records] == [1]
+
+
+def test_chosen_for_where_an_engine_takes_the_model(monkeypatch):
+    from opendit import plan
+
+    monkeypatch.setattr(plan, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    model = torch.nn.Linear(2, 2)
+    for plugin, there in ((None, "cpu"), ("ddp", "cpu"), ("zero3", "cuda:1"), ("gemini", "cuda:1")):
+        assert str(plan._placed_on(model, opendit.BoosterConfig(plugin=plugin))) == there
+
+
 def test_heads_are_spread_evenly():
     assert shards.evenly(7, 3) == [3, 2, 2]
     assert shards.evenly(2, 4) == [1, 1, 0, 0]
