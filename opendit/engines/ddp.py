@@ -3,7 +3,8 @@
 Bytes per parameter of n bytes (fp32: 4), AdamW: n parameter, n gradient (which lies in DDP's buckets), 2n moments.
 
 Static graph stays off: with it a first backward inside `no_sync` fails an assertion of torch's reducer, and it would
-spare nothing here, where every trainable parameter takes part in every step and none is searched for.
+spare nothing here, where unused parameters are not searched for: in the known families every trainable one takes part
+in every step. Where one does not (family="generic"), torch says so at the next forward.
 """
 
 from __future__ import annotations
