@@ -19,13 +19,14 @@ from examples.evaluate.features import ClipImages, load_extractor
 from examples.evaluate.npz import save_images
 from examples.evaluate.options import add_evaluate_options, check_evaluate_options
 from examples.evaluate.run import Pass, check_conditions, load_statistics, open_samples, report, save_statistics
+from examples.options import adder, parse
 
 
 def main() -> None:
     parser = OneLineParser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
     add_evaluate_options(parser)
-    parser.add_argument("--npz", type=named_path, help="write the generated images for ADM's evaluator")
-    args = parser.parse_args()
+    adder(parser)("--npz", type=named_path, help="write the generated images for ADM's evaluator")
+    args = parse(parser)
     check_evaluate_options(parser, args)
 
     with parser.explain_mistakes():
@@ -43,7 +44,7 @@ def main() -> None:
         clip = ClipImages(args.clip, process.device) if args.clip else None
         classifier = load_extractor(args.classifier, process.device) if args.classifier else None
 
-        run = {"batch_size": args.batch_size, "workers": args.workers}
+        run = {"batch_size": args.batch_size, "workers": args.num_workers}
         of_real = of_generated = None
         if real:
             of_real = Pass(real, extractor, args.metrics, process).run(name="real", **run)

@@ -16,18 +16,19 @@ from examples.common import OneLineParser, check_writable, positive_int, start_p
 from examples.evaluate.features import ClipImages, load_extractor
 from examples.evaluate.options import add_evaluate_options, check_evaluate_options
 from examples.evaluate.run import Pass, check_conditions, load_statistics, open_samples, report, save_statistics
+from examples.options import adder, parse
 
 
 def main() -> None:
     parser = OneLineParser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
     add_evaluate_options(parser)
-    add = parser.add_argument
+    add = adder(parser)
     add("--num_frames", type=partial(positive_int, limit=4096), default=16, help="frames of a clip")
     add(
         "--frame_interval", type=partial(positive_int, limit=1000), default=1, help="take every n-th, of generated ones"
     )
     add("--real_frame_interval", type=partial(positive_int, limit=1000), help="of the real ones (default: the same)")
-    args = parser.parse_args()
+    args = parse(parser)
     check_evaluate_options(parser, args)
     if args.num_frames < 2:
         parser.error("argument --num_frames: a clip has at least 2 frames; for images there is image/evaluate.py")
@@ -49,7 +50,7 @@ def main() -> None:
         clip = ClipImages(args.clip, process.device) if args.clip else None
         classifier = load_extractor(args.classifier, process.device) if args.classifier else None
 
-        run = {"batch_size": args.batch_size, "workers": args.workers}
+        run = {"batch_size": args.batch_size, "workers": args.num_workers}
         of_real = of_generated = None
         if real:
             of_real = Pass(real, extractor, args.metrics, process).run(name="real", **run)
