@@ -18,10 +18,9 @@ from pathlib import Path
 from examples.data.find import list_samples
 from examples.data.latents import Latents, read_index
 from examples.data.listing import IMAGES, VIDEOS
-from examples.data.order import Order, batches
 from examples.data.samples import OneByOne, Samples, Unreadable
 
-__all__ = ["Latents", "OneByOne", "Order", "Samples", "Unreadable", "batches", "open_data"]
+__all__ = ["Latents", "OneByOne", "Samples", "Unreadable", "open_data"]
 
 
 def open_data(

@@ -8,14 +8,15 @@ from pathlib import Path
 from examples.common import OneLineParser, named_path, positive_int, whole_number
 from examples.data.prepare import DTYPES
 from examples.encoders import Vae
+from examples.options import adder
 
 
 def add_preprocess_options(parser: OneLineParser) -> None:
-    add = parser.add_argument
+    add = adder(parser)
     add("--data_path", type=named_path, required=True, help="see examples/data/README.md for what it may be")
     add("--out", type=named_path, required=True, help="folder for the shards; an unfinished one is continued")
     add("--image_size", type=partial(positive_int, limit=8192), default=256, help="side of the centre crop in pixels")
-    add("--flip", action="store_true", help="keep mirrored versions too, for training with --flip")
+    add("--flip", action="store_true", help="keep mirrored versions too, for training without --no_flip")
     add("--vae", required=True, help="folder, or name on the hub")
     add("--text_encoder", help="folder, or name on the hub; without it captions are left out")
     add("--text_length", type=partial(positive_int, limit=4096), help="tokens per caption (CLIP 77, T5 120, else 128)")
@@ -24,8 +25,14 @@ def add_preprocess_options(parser: OneLineParser) -> None:
     add("--text_dtype", choices=["bf16", "fp32"], default="fp32", help="what embeddings are stored in")
     add("--batch_size", type=partial(positive_int, limit=65536), default=16, help="per process")
     add("--shard_size", type=positive_int, default=1024, help="samples per file; what a kill may cost")
-    add("--workers", type=partial(whole_number, limit=1024), default=0, help="processes that decode, per process")
-    add("--global_seed", type=partial(whole_number, limit=2**63 - 1), default=0)
+    add(
+        "--num_workers",
+        "--workers",
+        type=partial(whole_number, limit=1024),
+        default=0,
+        help="processes that decode, per process",
+    )
+    add("--global_seed", "--seed", type=partial(whole_number, limit=2**63 - 1), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
 

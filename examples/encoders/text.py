@@ -95,9 +95,9 @@ def load_text_encoder(
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **({"subfolder": "tokenizer"} if place else {}))
     pooling = "pooler" if kind in CLIP else "mean"
-    if (settings := _json(Path(name) / "1_Pooling" / "config.json")) and settings.get("pooling_mode_cls_token"):
+    if (settings := read_json(Path(name) / "1_Pooling" / "config.json")) and settings.get("pooling_mode_cls_token"):
         pooling = "cls"
-    normalize = any("Normalize" in str(module.get("type")) for module in _json(Path(name) / "modules.json") or [])
+    normalize = any("Normalize" in str(module.get("type")) for module in read_json(Path(name) / "modules.json") or [])
     text_config = getattr(model.config, "text_config", model.config)
     longest = min(
         tokenizer.model_max_length, 10**6 if kind in T5 else getattr(text_config, "max_position_embeddings", 10**6)
@@ -110,5 +110,6 @@ def load_text_encoder(
     )
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What is in it, or None where there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else None

@@ -26,11 +26,6 @@ from torch import Tensor, nn
 from examples.encoders.taef2 import Taef2
 
 
-def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """mean + std · noise: what a diffusion model is trained on, whether mean and std were stored or just computed."""
-    return mean + std * noise
-
-
 class Vae:
     """`channels` C, `factor` H / h, `is_video`; `name` says which one it is in indices and reports."""
 

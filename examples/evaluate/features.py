@@ -95,14 +95,14 @@ class ClipImages:
     def __init__(self, folder: str, device: torch.device):
         import transformers
 
-        from examples.encoders.text import _json
+        from examples.encoders.text import read_json
 
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"clip: {folder} has no config.json; allowed: a folder with a CLIP model of transformers")
         self.model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
         self.tokenizer = None
         self.folder, self.device, self.size = folder, device, self.model.config.vision_config.image_size
-        settings = _json(Path(folder) / "preprocessor_config.json") or {}
+        settings = read_json(Path(folder) / "preprocessor_config.json") or {}
         # Where there is no such file: the values that OpenAI's models were trained with.
         mean = settings.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
         std = settings.get("image_std", [0.26862954, 0.26130258, 0.27577711])

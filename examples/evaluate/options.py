@@ -8,6 +8,7 @@ from pathlib import Path
 
 from examples.common import OneLineParser, named_path, positive_int, whole_number
 from examples.evaluate.run import METRICS
+from examples.options import adder
 
 
 def metric_list(text: str) -> set[str]:
@@ -18,7 +19,7 @@ def metric_list(text: str) -> set[str]:
 
 
 def add_evaluate_options(parser: OneLineParser) -> None:
-    add = parser.add_argument
+    add = adder(parser)
     add(
         "--generated",
         type=named_path,
@@ -34,7 +35,13 @@ def add_evaluate_options(parser: OneLineParser) -> None:
     add("--classifier", help="package.module:function whose logits --metrics accuracy compares with the asked class")
     add("--out", type=named_path, default=Path("scores.json"), help="the figures (default: scores.json)")
     add("--batch_size", type=partial(positive_int, limit=65536), default=32, help="per process")
-    add("--workers", type=partial(whole_number, limit=1024), default=0, help="processes that decode, per process")
+    add(
+        "--num_workers",
+        "--workers",
+        type=partial(whole_number, limit=1024),
+        default=0,
+        help="processes that decode, per process",
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
 

@@ -16,12 +16,13 @@ from examples.data import Latents, open_data
 from examples.data.options import add_preprocess_options, check_captions, check_image_size
 from examples.data.prepare import DTYPES, Preparation, summary
 from examples.encoders import load_text_encoder, load_vae
+from examples.options import parse
 
 
 def main() -> None:
     parser = OneLineParser(prog="preprocess.py", description=__doc__.partition("\n\n")[0])
     add_preprocess_options(parser)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.text_length and not args.text_encoder:
         parser.error("argument --text_length: without --text_encoder there is no text to cut")
 
@@ -54,7 +55,7 @@ def main() -> None:
         text = None
         if args.text_encoder:
             text = load_text_encoder(args.text_encoder, process.device, precision, args.text_length)
-        index = preparation.run(vae, text, batch_size=args.batch_size, workers=args.workers)
+        index = preparation.run(vae, text, batch_size=args.batch_size, workers=args.num_workers)
         if process.is_main:
             print(summary(index, args.out))
     stop_process()

@@ -20,12 +20,16 @@ from examples.diffusion import OBJECTIVES
 from examples.models.convert import count_blocks
 from examples.models.dit import DIT_MODELS
 from examples.models.registry import ARCHITECTURES, build
+from opendit.checkpoint import published
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """`config["model"]` holds the constructor's arguments. A crash while writing leaves the previous files whole."""
     save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / "model.tmp")
     (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("model.tmp", "config.tmp"):  # on the disk before they take the others' places
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
     os.replace(folder / "config.tmp", folder / "config.json")
     os.replace(folder / "model.tmp", folder / "model.safetensors")
 
@@ -81,7 +85,8 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             blob = torch.load(path, map_location="cpu", weights_only=True)
-        state = blob.get("ema", blob.get("model", blob.get("state_dict", blob)))
+        # opendit's own reader of these files knows DiT's and Latte's, not PixArt's "state_dict".
+        state = published.checked(blob.get("ema", blob.get("model", blob.get("state_dict", blob))), path)
         architecture = architecture_in(state)
         config = {
             "architecture": architecture,

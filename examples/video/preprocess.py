@@ -17,17 +17,18 @@ from examples.data import Latents, open_data
 from examples.data.options import add_preprocess_options, check_captions, check_image_size, check_num_frames
 from examples.data.prepare import DTYPES, Preparation, summary
 from examples.encoders import load_text_encoder, load_vae
+from examples.options import adder, parse
 
 
 def main() -> None:
     parser = OneLineParser(prog="preprocess.py", description=__doc__.partition("\n\n")[0])
     add_preprocess_options(parser)
-    add = parser.add_argument
+    add = adder(parser)
     add("--num_frames", type=partial(positive_int, limit=4096), default=16, help="frames of a clip")
     add("--frame_interval", type=partial(positive_int, limit=1000), default=3, help="take every n-th frame")
     add("--variants", type=partial(positive_int, limit=1000), help="clips per video (default: 1, with --flip 2)")
     add("--decoder", choices=["pyav", "torchcodec"], default="pyav")
-    args = parser.parse_args()
+    args = parse(parser)
     args.variants = args.variants or (2 if args.flip else 1)
     if args.text_length and not args.text_encoder:
         parser.error("argument --text_length: without --text_encoder there is no text to cut")
@@ -70,7 +71,7 @@ def main() -> None:
         text = None
         if args.text_encoder:
             text = load_text_encoder(args.text_encoder, process.device, precision, args.text_length)
-        index = preparation.run(vae, text, batch_size=args.batch_size, workers=args.workers)
+        index = preparation.run(vae, text, batch_size=args.batch_size, workers=args.num_workers)
         if process.is_main:
             print(summary(index, args.out))
     stop_process()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.data import Order, batches, open_data
+from examples.data import open_data
 from examples.data.images import crop
 from examples.data.video import window
+from examples.loading import loader_for
 from tests.examples.making import (
     CAPTIONS,
     captioned_folder,
@@ -22,6 +23,12 @@ from tests.examples.making import (
     tar_shards,
     video_table,
 )
+
+
+def batches(data, batch_size: int, workers: int = 0):
+    options = {"batch_size": batch_size, "seed": 1, "workers": workers, "device": torch.device("cpu")}
+    sampler, loader = loader_for(data, torch.nn.Identity(), **options)
+    return sampler.over(loader)
 
 
 def shown(i: int, size: int = 8) -> torch.Tensor:
@@ -135,7 +142,7 @@ def test_loader_workers_tell_what_they_skip(tmp_path):
     root = image_folder(tmp_path / "x")
     (root / "dog" / "04.jpg").write_bytes(b"no")
     data = open_data(root, image_size=8)
-    stream = batches(data, Order(6, 2), workers=2)
+    stream = batches(data, 2, workers=2)
     ids = [i for _ in range(3) for i in next(stream)["id"].tolist()]
     assert sorted(ids) == [0, 1, 2, 3, 5, 5]
     assert data.skipped == ["dog/04.jpg"]
@@ -232,8 +239,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(tmp_path):
     assert flips(open_data(root, image_size=8, flip=True, seed=4), 0) != first
     assert all(torch.equal(plain[e, 0]["pixels"], plain[0]["pixels"]) for e in range(3))
 
-    order = Order(16, 4, seed=1)
-    alone, two = (batches(flipped, order, workers=workers) for workers in (0, 2))
+    alone, two = (batches(flipped, 4, workers=workers) for workers in (0, 2))
     for _ in range(6):
         a, b = next(alone), next(two)
         assert torch.equal(a["pixels"], b["pixels"])
@@ -243,28 +249,39 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(tmp_path):
 def test_loading_leaves_torchs_generator_alone(tmp_path):
     data = open_data(image_folder(tmp_path / "x"), image_size=8, flip=True)
     before = torch.get_rng_state()
-    next(batches(data, Order(6, 2)))
+    next(batches(data, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_order_resumes_at_a_step_and_is_shared_by_the_ranks():
-    def take(steps, **options):
-        stream = iter(Order(22, options.pop("batch_size", 3), seed=7, **options))
-        return [next(stream) for _ in range(steps)]
+def test_order_resumes_and_epochs_are_counted():
+    """The ranks' shares are tests/test_sampler.py's."""
 
-    whole = take(20)
-    assert take(9, start=11) == whole[11:]
-    for epoch in (0, 1):
-        epoch_batches = whole[7 * epoch : 7 * epoch + 7]  # 22 // 3 batches
-        ids = [i for batch in epoch_batches for e, i in batch]
-        assert {e for batch in epoch_batches for e, _ in batch} == {epoch}
-        assert len(set(ids)) == 21
-    assert [i for _, i in whole[0]] != [i for _, i in whole[7]]
-    one = take(8, batch_size=6)
-    two = [take(8, batch_size=3, rank=rank, ranks=2) for rank in range(2)]
-    assert [a + b for a, b in zip(*two, strict=True)] == one
-    with pytest.raises(ValueError, match="batch_size: got 12 on 2 data-parallel ranks; the data has only 22 samples"):
-        Order(22, 12, ranks=2)
+    class Keys(torch.utils.data.Dataset):
+        classes = ()
+
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, key):
+            return {"epoch": key[0], "index": key[1]}
+
+    def take(steps: int, state=None):
+        options = {"batch_size": 3, "seed": 7, "workers": 0, "device": torch.device("cpu")}
+        sampler, loader = loader_for(Keys(), torch.nn.Identity(), **options)
+        if state:
+            sampler.load_state_dict(state)
+        stream = sampler.over(loader)
+        found = [next(stream) for _ in range(steps)]
+        return [list(zip(b["epoch"].tolist(), b["index"].tolist(), strict=True)) for b in found], sampler.state_dict()
+
+    whole, _ = take(7)
+    first, state = take(3)
+    assert first + take(4, state)[0] == whole
+    keys = [key for batch in whole for key in batch]
+    assert [epoch for epoch, _ in keys] == [i // 7 for i in range(21)]
+    assert sorted(index for _, index in keys[:7]) == list(range(7))
+    with pytest.raises(ValueError, match="--batch_size 8: with 1 shares it is more than the 7 samples"):
+        loader_for(Keys(), torch.nn.Identity(), batch_size=8, seed=0, workers=0, device=torch.device("cpu"))
 
 
 def test_samples_are_the_same_in_a_spawned_process(tmp_path):

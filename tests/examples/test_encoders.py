@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan, A
 from safetensors.torch import save_file
 
 from examples.data.options import check_num_frames
-from examples.encoders import load_text_encoder, load_vae, sample_posterior
+from examples.encoders import load_text_encoder, load_vae
 from examples.encoders.taef2 import Taef2
+from examples.encoding import Encoder
 from tests.examples.making import tiny_text_encoder, tiny_vae
 
 
@@ -24,8 +25,8 @@ def test_autoencoder_kl_scales_and_shifts(tmp_path):
         torch.testing.assert_close(std, posterior.std * 0.2, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(vae.decode(mean), plain.decode(posterior.mean).sample, atol=1e-5, rtol=1e-4)
     assert std.min() > 0
-    noise = torch.randn_like(mean)
-    assert torch.equal(sample_posterior(mean, std, noise), mean + std * noise)
+    noise, batch = torch.randn_like(mean), {"mean": mean, "std": std}
+    assert torch.equal(Encoder(None, None, "DiT", [], mean.device).x0(batch, lambda shape: noise), mean + std * noise)
 
 
 def test_a_result_does_not_depend_on_the_rest_of_the_batch(tmp_path, device):

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from examples.common import Process
-from examples.data import Order, batches, open_data
-from examples.encoders import load_text_encoder, load_vae, sample_posterior
+from examples.data import open_data
+from examples.encoders import load_text_encoder, load_vae
+from examples.loading import loader_for
 from tests.examples import preparing
 from tests.examples.making import captioned_folder, clip, image_folder, tiny_text_encoder, tiny_vae, video_table
 from tests.launch import of_every_rank
@@ -68,13 +69,15 @@ def test_training_from_latents_is_training_from_pixels_to_the_bit(nets, tmp_path
         torch.manual_seed(0)
         model = torch.nn.Conv2d(4, 4, 3, padding=1)
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        stream = batches(latents if from_latents else pixels, Order(8, 4, seed=1), workers=1 if from_latents else 0)
+        options = {"batch_size": 4, "seed": 1, "workers": int(from_latents), "device": ALONE.device}
+        sampler, loader = loader_for(latents if from_latents else pixels, model, **options)
+        stream = sampler.over(loader)
         for step in range(4):
             batch = next(stream)
             mean, std = (batch["mean"], batch["std"]) if from_latents else vae.encode(batch["pixels"])
             tokens = batch["text"] if from_latents else text.encode(batch["caption"])[0]
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-            z = sample_posterior(mean, std, noise)
+            z = mean + std * noise
             loss = (model(z) * tokens.mean((1, 2)).view(-1, 1, 1, 1) - batch["label"].view(-1, 1, 1, 1)).square().mean()
             optimizer.zero_grad()
             loss.backward()

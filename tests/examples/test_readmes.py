@@ -1,4 +1,4 @@
-"""The commands of examples/data/README.md and examples/evaluate/README.md, run as they stand there on small files."""
+"""The commands of the READMEs under examples/, run as they stand there on small files."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ PROGRAMS = {"./preprocess.sh": "preprocess", "./eval.sh": "evaluate"}
 
 def commands(readme: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "examples" / readme / "README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,40 @@ def test_scoring_with_inception(command, folder, monkeypatch):
     save_file(state, folder / "inception.safetensors")
     run(command, folder, monkeypatch)
     assert '"fid"' in (folder / "scores.json").read_text()
+
+
+SMALL = ["--depth", "1", "--hidden_size", "32", "--num_heads", "2", "--steps", "1", "--batch_size", "2"]
+SMALL += ["--sample_steps", "1", "--ckpt_every", "0"]
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_samples(folder, monkeypatch, tmp_path):
+    """The commands for images, in their order, with models and networks that are tiny; torchrun's in one process."""
+    for name in ("captioned", "vae", "t5"):
+        (tmp_path / name).symlink_to(folder / name)
+    image_folder(tmp_path / "photos", per_class=2, classes=("bird", "cat", "dog"))
+    monkeypatch.chdir(tmp_path)
+    local = {"stabilityai/sd-vae-ft-ema": "vae", "google/flan-t5-base": "t5"}
+    programs = {"./preprocess.sh": "preprocess", "./train_img.sh": "train", "./sample_img.sh": "sample"}
+    ran = []
+    for command in commands(""):
+        program, *words = (local.get(word, word) for word in shlex.split(command))
+        if program == "torchrun" and "examples/image/train.py" in words:
+            program, words = "./train_img.sh", words[words.index("examples/image/train.py") + 1 :]
+            at = words.index("--plugin")
+            del words[at : at + 2]
+        if program not in programs or "video" in words:
+            continue
+        if program == "./preprocess.sh":
+            words = words[1:]
+        if program == "./train_img.sh":
+            words += SMALL
+        if program == "./sample_img.sh":
+            words += ["--steps", "1", "--per_class", "1"]
+        script = programs[program]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--device", "cpu"])
+        importlib.import_module(f"examples.image.{script}").main()
+        ran.append(script)
+    assert ran == ["preprocess", "train", "sample", "sample", "train", "sample", "train"]
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 3
+    assert '"pixels": false' in (tmp_path / "outputs/latents-flow/config.json").read_text()
