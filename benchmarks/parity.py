@@ -100,7 +100,7 @@ class Reference:
         booster = opendit.BoosterConfig.of(variant.booster)
         if booster.precision == "fp8":
             limit = replace(self.autocast, gradients=FP8 / SLACK, losses=2 * self.autocast.losses)
-            return record, too_far(ours, limit)
+            return record, too_far(ours, limit, "the limit of 8 bits")
         return record, too_far(ours, self.bf16_weights if booster.residual == "bf16" else self.autocast)
 
 
@@ -108,13 +108,13 @@ def losses(training: Training, steps: int) -> list[float]:
     return torch.stack([training.step(i) for i in range(steps)]).tolist()
 
 
-def too_far(ours: Error, theirs: Error) -> str | None:
-    """Why `ours` may not pass beside plain bf16's error, or None. Not a number never passes."""
+def too_far(ours: Error, theirs: Error, whose: str = "plain bf16's") -> str | None:
+    """Why `ours` may not pass beside plain bf16's error, or another limit, or None. Not a number never passes."""
     if not ours.gradients <= SLACK * theirs.gradients:
         return (
-            f"gradients off by {ours.gradients:.2e}, plain bf16's by {theirs.gradients:.2e}; "
+            f"gradients off by {ours.gradients:.2e}, {whose} by {theirs.gradients:.2e}; "
             f"worst {ours.worst_name} {ours.worst_gradient:.2e}"
         )
     if not ours.losses <= SLACK * theirs.losses + FLOOR:
-        return f"losses off by {ours.losses:.2e}, plain bf16's by {theirs.losses:.2e}"
+        return f"losses off by {ours.losses:.2e}, {whose} by {theirs.losses:.2e}"
     return None

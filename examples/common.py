@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A mistake on the command line costs one line and exit code 2; `--help` has the rest."""
+    """A mistake on the command line costs one line and exit code 2; `--help` has the rest. Flags are not shortened."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         rank = os.environ.get("RANK", "0")
@@ -87,7 +91,7 @@ def check_writable(path: Path) -> None:
     is_new = not path.exists()
     path.open("ab").close()
     if is_new:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may look at the same time
 
 
 @dataclass(frozen=True)

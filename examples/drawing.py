@@ -46,16 +46,29 @@ class Drawing:
             raise ValueError("--classes: this checkpoint takes texts (--prompts)")
         if args.negative_prompt is not None and not reads_texts:
             raise ValueError("--negative_prompt: this checkpoint takes classes, not texts")
+        if args.text_encoder and not reads_texts:
+            raise ValueError("--text_encoder: this checkpoint takes classes, not texts")
+        if args.vae and self.on_pixels:
+            raise ValueError("--vae: this checkpoint makes pixels, there is nothing to decode")
         if reads_texts and not args.prompts:
             raise ValueError("--prompts: is needed, this checkpoint takes texts")
         if reads_texts and not text:
             raise ValueError("--text_encoder: is needed, the checkpoint does not say which it was trained with")
         vae = None if self.on_pixels else args.vae or config.get("vae")
-        self.encoder = Encoder(vae, text if reads_texts else None, config["architecture"], [], self.device)
+        length = None if args.text_encoder else config.get("text_length")
+        self.encoder = Encoder(vae, text if reads_texts else None, config["architecture"], [], self.device, length)
         unconditional = getattr(model, "extras", None) == 1  # Latte's, of timesteps alone
         if unconditional and args.cfg_scale not in (None, 1):
             raise ValueError(f"--cfg_scale {args.cfg_scale}: this checkpoint has no condition to be guided by")
-        self.cfg_scale = 1.0 if unconditional else args.cfg_scale or (2.0 if self.on_pixels else 4.0)
+        # A negative prompt is something to be guided away from, whatever the training dropped.
+        nothing_dropped = config["model"].get("class_dropout_prob") == 0 and args.negative_prompt is None
+        if nothing_dropped and args.cfg_scale not in (None, 1):
+            raise ValueError(
+                f"--cfg_scale {args.cfg_scale}: this checkpoint was trained with --label_drop 0, which leaves nothing "
+                "to be guided by; take 1"
+            )
+        default = 2.0 if self.on_pixels else 4.0
+        self.cfg_scale = 1.0 if unconditional or nothing_dropped else args.cfg_scale or default
         # As the samples of the published DiTs were made: three of four channels are guided.
         self.guided_channels = 3 if config.get("published") == "DiT" else None
         self.null = None
@@ -101,11 +114,12 @@ class Drawing:
                 for i in range(self.total):
                     lines.write(json.dumps({"file": f"{i:06d}{suffix}", **self._said(i, classes)}) + "\n")
 
-    def _said(self, i: int, classes: list[str]) -> dict[str, str]:
+    def _said(self, i: int, classes: list[str]) -> dict[str, Any]:
+        """The class by its number in training: names would be numbered anew among those that happen to be drawn."""
         if self.null is not None or self.encoder.text_name is not None:
             return {"caption": self.prompts[i]}
         label = self.labels[i]
-        return {"class": classes[label] if label < len(classes) else str(label)}
+        return {"class": label, **({"class_name": classes[label]} if label < len(classes) else {})}
 
     def _shares(self) -> Iterator[tuple[int, Tensor]]:
         """This process's part of the samples, batch by batch: the first one's number, and the batch."""

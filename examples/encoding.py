@@ -6,6 +6,7 @@ A batch has "pixels" [B, …, 3, H, W] in [−1, 1], or "mean" and "std" of late
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class Encoder:
         text_encoder: a text encoder's name or folder, or "words"; None for class labels.
         architecture: of the model, which decides how it is given texts.
         classes: their names, which are the captions of data without any.
+        text_length: tokens per caption, where it is not the text encoder's own.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Encoder:
         architecture: str,
         classes: Sequence[str],
         device: torch.device,
+        text_length: int | None = None,
     ):
+        self.text_length = text_length
         self.vae_name, self.text_name, self.architecture = vae, text_encoder, architecture
         self.classes, self.device = list(classes), device
         self._vae: Any = None
@@ -56,7 +60,7 @@ class Encoder:
             else:
                 from examples.encoders import load_text_encoder
 
-                self._texts = load_text_encoder(self.text_name, self.device, torch.float32)
+                self._texts = load_text_encoder(self.text_name, self.device, torch.float32, self.text_length)
         return self._texts
 
     @torch.no_grad()
@@ -104,11 +108,41 @@ class Encoder:
         return {"text_embedding" if self.architecture == "Latte" else "y": pooled.float()}
 
 
+def take_networks(args: Any, data: Any) -> None:
+    """Latents bring the networks that they were made with: sets `args.vae` and `args.text_length`.
+
+    Raises ValueError where `args` names others, or a text encoder for latents without text. Other data changes nothing.
+    """
+    args.text_length = None
+    made = getattr(data, "settings", None)
+    if made is None:
+        return
+    for name in ("vae", "text_encoder"):
+        asked, used = getattr(args, name), made[name]
+        if asked is None or (used is not None and _same_network(asked, used)):
+            continue
+        if used is None:
+            raise ValueError(
+                f"--text_encoder {asked}: the latents in {data.folder} were made without; leave it out, or run "
+                "preprocess with it"
+            )
+        raise ValueError(f"--{name} {asked}: the latents in {data.folder} were made with {used}. Give the same")
+    args.vae = args.vae or made["vae"]
+    if args.text_encoder:
+        args.text_length = made.get("text_length")
+
+
+def _same_network(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
+
+
 def model_config(args: Any, data: Any, encoder: Encoder, learn_sigma: bool, sizes: dict[str, Any]) -> dict[str, Any]:
     """{"architecture", "model": its constructor's arguments}, from the settings and the first sample."""
     item = data[0]
     shape = item["mean"].shape if "mean" in item else item["pixels"].shape
     channels, side, frames = shape[-3], shape[-1], shape[0]
+    if "mean" in item and encoder.vae.channels != channels:  # loaded now: samples are decoded at the end
+        raise ValueError(f"--vae {encoder.vae_name}: has {encoder.vae.channels} channels, the latents {channels}")
     if "pixels" in item and encoder.vae_name is not None:
         latents = encoder.vae.encode(item["pixels"][None])[0]
         channels, side, frames = latents.shape[-3], latents.shape[-1], latents.shape[1]
@@ -133,4 +167,6 @@ def model_config(args: Any, data: Any, encoder: Encoder, learn_sigma: bool, size
         model["text_dim"] = (tokens if encoder.architecture == "PixArt" else pooled).shape[-1]
         if encoder.architecture == "Latte":
             model["extras"] = 78
+        if encoder.architecture == "PixArt":
+            model["max_tokens"] = max(120, tokens.shape[-2])  # sentence encoders pad to more
     return {"architecture": encoder.architecture, "model": model}

@@ -70,7 +70,7 @@ def add_device_options(parser: OneLineParser) -> None:
 def parse(parser: OneLineParser) -> argparse.Namespace:
     """The settings, from the YAML file that --config names and from the command line."""
     parser.add_argument("--config", type=named_path, help="a YAML file of settings, by the flags' names")
-    first = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first = OneLineParser(prog=parser.prog, add_help=False)
     first.add_argument("--config", type=named_path)
     path = first.parse_known_args()[0].config
     return parser.parse_args([*(from_yaml(parser, path) if path else []), *sys.argv[1:]])
@@ -102,8 +102,8 @@ def from_yaml(parser: OneLineParser, path: Path) -> list[str]:
             words += [flag] if value else [f"--no-{flag[2:]}"] if twin else []
         elif isinstance(value, list):
             words += [flag, *map(str, value)]
-        elif isinstance(value, bool) and action.choices and "on" in action.choices:
-            words += [flag, "on" if value else "off"]  # YAML 1.1 reads on and off as true and false
+        elif isinstance(value, bool) and action.choices and "off" in action.choices:
+            words += [flag, (action.const or "on") if value else "off"]  # YAML 1.1 reads on and off as true and false
         elif value is not None:
             words += [f"{flag}={value}"]
     return words
@@ -225,6 +225,8 @@ def check_train_options(parser: OneLineParser, args: argparse.Namespace) -> None
         refuse("--label_drop", "0 leaves nothing to guide by; take --cfg_scale 1 with it")
     if args.model.startswith("PixArt") and not args.text_encoder:
         refuse("--model", f"{args.model} reads texts; name a --text_encoder ('words' needs no download)")
+    if args.val_every and not args.val_fraction:
+        refuse("--val_every", "there is nothing to judge by; hold out a --val_fraction")
     if args.text_encoder and args.num_classes:
         refuse("--num_classes", "contradicts --text_encoder: the model is conditioned on one of them")
     if args.sample_prompts and not args.text_encoder:
@@ -256,6 +258,11 @@ def check_opendit_options(parser: OneLineParser, args: argparse.Namespace) -> No
                 parser.error(f"argument --enable_{name}: on contradicts --no_accelerate")
         if size > 1:
             parser.error("argument --sequence_parallel_size: is opendit's and contradicts --no_accelerate")
+        for name in ("kernels", "attention"):
+            if getattr(args, name) != "auto":
+                parser.error(f"argument --{name}: is opendit's and contradicts --no_accelerate")
+        if args.compile:
+            parser.error("argument --compile: is opendit's here and contradicts --no_accelerate")
     if args.kernels != "auto" and (asked["modulate_kernel"], asked["layernorm_kernel"]) != ("auto", "auto"):
         parser.error(
             "argument --kernels: contradicts --enable_modulate_kernel and --enable_layernorm_kernel; leave one out"
@@ -363,6 +370,8 @@ def check_sample_options(parser: OneLineParser, args: argparse.Namespace) -> Non
     low, high = args.cfg_interval
     if not 0 <= low < high <= 1:
         parser.error(f"argument --cfg_interval: {low} {high} is not within 0 … 1, low end first")
+    if args.out and args.out_dir:
+        parser.error("argument --out: contradicts --out_dir; samples go to one of them")
     if args.classes and args.prompts:
         parser.error("argument --prompts: contradicts --classes; a model takes one of them")
     if args.negative_prompt is not None and args.cfg_scale == 1:

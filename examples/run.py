@@ -19,7 +19,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import opendit
-from examples.common import Ema, Process, autocast, gather_lists, mean_over_processes, stop_if_any, stop_process
+from examples.common import (
+    Ema,
+    Process,
+    autocast,
+    check_writable,
+    gather_lists,
+    mean_over_processes,
+    stop_if_any,
+    stop_process,
+)
 from examples.diffusion import sample
 from examples.encoding import Batch, Encoder
 from examples.loading import collate, loader_for
@@ -29,6 +38,9 @@ from examples.watching import Watch, forward_flops, peak_flops
 
 # Counters of opendit's random numbers: what a step draws, and what never is a step's.
 POSTERIOR, VALIDATION = 2**31, 2**32 - 1
+# Settings that a resumed run may change without being told so: they change nothing that it learns.
+OF_NO_EFFECT = {"load", "name", "outputs", "config", "explain", "wandb", "num_workers", "device", "keep", "log_every",
+                "val_every", "sample_every", "ckpt_every", "compare_steps"}  # fmt: skip
 
 
 class Run:
@@ -53,7 +65,16 @@ class Run:
         self.precision = precision_of(args, self.device.type == "cuda")
         self.folder: Path = args.outputs / args.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "metrics.json").write_text("{}\n")  # a folder that can't be written to is better known now
+        if (
+            args.load is None
+            and (self.folder / "checkpoints").is_dir()
+            and any((self.folder / "checkpoints").iterdir())
+        ):
+            raise ValueError(
+                f"--name {args.name}: {self.folder}/checkpoints holds another run's. Go on with it (--load latest), "
+                "take another name, or remove them"
+            )
+        check_writable(self.folder / "metrics.json")  # better known now; the last run's stays until this one ends
 
         self.sampler, self.loader = loader_for(
             data, net, batch_size=args.batch_size, seed=args.global_seed, workers=args.num_workers, device=self.device
@@ -70,6 +91,7 @@ class Run:
         self.shown = self._shown()
         self.flops = 3 * forward_flops(config, self.shown)
         self.losses = torch.zeros(self.total - self.first, device=self.device)
+        self.trouble = ""  # that no loss has shown
         self.watch = Watch(self.folder, _plain(args), writes=process.is_main, resumed_at=self.first, wandb=args.wandb)
 
     # --- the loop's parts ---
@@ -123,7 +145,13 @@ class Run:
         if args.sample_every and done % args.sample_every == 0:
             draw(self, self.folder / "samples" / f"step-{done:06d}")
         if args.ckpt_every and (done % args.ckpt_every == 0 or done == self.total):
-            self._save(done)
+            try:
+                self._save(done)
+            except opendit.CheckpointError as error:
+                if "not finite" not in str(error):
+                    raise
+                self.trouble = f"at step {done}, {error}"
+                return False
         return True
 
     def problem(self) -> str:
@@ -131,7 +159,7 @@ class Run:
         for i, loss in enumerate(self.losses.tolist()):
             if not math.isfinite(loss):
                 return f"the loss is {loss} at step {self.first + i + 1}"
-        return ""
+        return self.trouble
 
     # --- the averaged weights ---
 
@@ -200,7 +228,7 @@ class Run:
         opendit.wait()  # for a checkpoint that is still being written
         if problem:
             self.watch.close()
-            problem = f"training diverged: {problem}; nothing was saved, try a lower --lr"
+            problem = f"training diverged: {problem}; no weights were exported, try a lower --lr"
         self.stop_if_any(problem)
         history, name = self.losses.tolist(), "averaged_loss" if self.held_out is None else "val_loss"
         self.watch.log(self.total, {name: loss})
@@ -255,7 +283,7 @@ class Run:
             self.net,
             self.optimizer,
             step=step,
-            extra={"updates": updates},
+            extra={"updates": updates, "arguments": _plain(self.args)},
             config=self.config,
             keep=self.args.keep,
             background=True,
@@ -278,7 +306,22 @@ class Run:
             self.plain_ema.updates = loaded.extra["updates"]
         if loaded.step >= self.total:
             raise ValueError(f"--load {path}: its {loaded.step} steps are all of the {self.total} that were asked for")
+        self._take_lr()
+        before, now = loaded.extra.get("arguments", {}), _plain(self.args)
+        changed = [f"{n} {now[n]} (was {before[n]})" for n in now if n in before and now[n] != before[n]]
+        if self.process.is_main and (changed := [c for c in changed if c.split()[0] not in OF_NO_EFFECT]):
+            print(f"going on from {loaded.path} with other settings: {', '.join(changed)}", flush=True)
         return loaded.step
+
+    def _take_lr(self) -> None:
+        """--lr, where it is not the checkpoint's, which the schedule and the optimizer have taken over."""
+        if all(lr == self.args.lr for lr in self.schedule.base_lrs):
+            return
+        self.schedule.base_lrs = [self.args.lr for _ in self.schedule.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = self.args.lr
+            group["lr"] = self.args.lr * self._lr(self.schedule.last_epoch)
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _shown(self) -> dict[str, Tensor]:
         """The conditions of the samples that are drawn while training."""

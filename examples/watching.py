@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ class Watch:
         path = folder / "log.jsonl"
         kept = []
         if resumed_at and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
-        path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step(line) <= resumed_at]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(beside, path)
         self.lines = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -81,3 +84,11 @@ class Watch:
                 thing.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _step(line: str) -> int:
+    """The step of a line of the log; -1 where it is none, as the last one may be after a kill."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TextIO, TypeVar, cast, overload
 
@@ -106,6 +107,8 @@ def accelerate(
     engine = _engine(cfg, model, target)
     _ensure_processes(target, sp_size, cfg)
     plan = plan_for(target, cfg, sp_size, family)
+    if isinstance(optimizer, Optimizer):
+        attaching.check(target, optimizer, plan.stepping)
     if engine is not None:
         engine.check(target, optimizer, _setup(target, cfg, sp_size, plan))
         plan = _without_graphs(plan, engine)
@@ -125,13 +128,18 @@ def accelerate(
             attaching.put_in(target, placed.optimizer, plan.stepping)
         elif cfg.ema is not None or cfg.skip_nonfinite:
             core.logger.warning("ema and skip_nonfinite wait for an optimizer: opendit.attach(model, optimizer)")
+        elif engine is not None and engine.moves_parameters is not None:
+            core.logger.warning(
+                "plugin=%r waits for an optimizer: after a step of one that was not passed through "
+                "opendit.attach(model, optimizer), what is gathered may be the old parameters",
+                cfg.plugin,
+            )
     except BaseException:
         with contextlib.suppress(ValueError):  # classes that an engine put on top stay
             core.unapply(target)
         raise
     training.remember(target, cfg, sp_size, engine, placed)
-    if engine is not None:
-        _watch(cfg, placed)
+    _follow(target, placed.optimizer)
     return placed.model if placed.optimizer is None else Boosted(placed.model, placed.optimizer)
 
 
@@ -183,10 +191,12 @@ def explain(
 
 
 def attach(model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
-    """Lets `optimizer.step()` do what the model's config asks for: skip_nonfinite, fp16's loss scale, EMA.
+    """Lets `optimizer.step()` do what the model's config asks for: skip_nonfinite, fp16's loss scale, EMA, its plugin.
 
     `accelerate` does it for an optimizer that it is given. This is for one built later, after your own `fully_shard`,
-    say; every process makes this call. A second call starts anew, averages at the parameters as they are.
+    say; every process makes this call. With a plugin it lets go of gathered parameters after a step, which would be the
+    old ones. A second call starts anew: averages at the parameters as they are, counters and the loss scale as well.
+    Schedules stay held.
 
     Args:
         model: the accelerated model, wrapped or sharded as it will be trained.
@@ -203,13 +213,15 @@ def attach(model: nn.Module, optimizer: OptimizerT) -> OptimizerT:
         raise TypeError(f"model: got {type(model).__name__}; allowed: an accelerated torch.nn.Module")
     target = unwrap(model)
     plan = core.plan_of(target)
-    if plan is None or not plan.stepping:
+    known = training.training_of(target)
+    if plan is None or not (plan.stepping or (known is not None and known.engine is not None)):
         raise ValueError(
-            "model: nothing of it goes into optimizer.step(); allowed: a model accelerated with precision, ema or "
-            "skip_nonfinite. Give them to accelerate"
+            "model: nothing of it goes into optimizer.step(); allowed: a model accelerated with precision, ema, "
+            "skip_nonfinite or a plugin. Give them to accelerate"
         )
     optim.check(optimizer, target)
     attaching.put_in(target, optimizer, plan.stepping)
+    _follow(target, optimizer)
     return optimizer
 
 
@@ -260,23 +272,36 @@ def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | 
         from opendit.fastseq import mesh
 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        timeout = (cfg.timeout or DEFAULT_TIMEOUT) if cfg is not None and plugin is not None else None
         if plugin is not None and sp_size == 1:
-            assert cfg is not None
-            mesh.ensure_world(device, f"plugin: got {plugin!r}", alone=True, timeout=cfg.timeout or DEFAULT_TIMEOUT)
+            mesh.ensure_world(device, f"plugin: got {plugin!r}", alone=True, timeout=timeout)
         else:
-            mesh.ensure_world(device, timeout=cfg.timeout if cfg is not None else None)
+            mesh.ensure_world(device, timeout=timeout)
         mesh.check_size(sp_size)
 
 
-def _watch(cfg: BoosterConfig[Any], placed: Placed) -> None:
-    """From now on a process that is gone ends the others; steps are the optimizer's, or else training forwards."""
+def _follow(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Where `model` is on an engine: from now on that knows of steps, and a process that is gone ends the others.
+
+    Steps are the optimizer's, or else training forwards.
+    """
+    known = training.training_of(model)
+    if known is None or known.engine is None:
+        return
     from opendit.watch import watch
 
-    watching = watch(cfg.timeout or DEFAULT_TIMEOUT)
-    if watching is not None and isinstance(placed.optimizer, Optimizer):
-        placed.optimizer.register_step_post_hook(watching.step_done)
+    known.let_go()
+    watching = watch(known.cfg.timeout, DEFAULT_TIMEOUT)
+    placed, engine = known.placed(), known.engine
+    if optimizer is not None:
+        this = weakref.ref(placed)
+        stepped = lambda *_: engine.stepped(m) if (m := this()) is not None else None  # noqa: E731
+        known.hooks.append(optimizer.register_step_post_hook(stepped))
+        if watching is not None:
+            known.hooks.append(optimizer.register_step_post_hook(watching.step_done))
     elif watching is not None:
-        placed.model.register_forward_hook(lambda m, *_: watching.step_done() if m.training else None)
+        counted = lambda m, *_: watching.step_done() if m.training else None  # noqa: E731
+        known.hooks.append(placed.register_forward_hook(counted))
 
 
 def _engine(cfg: BoosterConfig[Any], model: nn.Module, target: nn.Module) -> Engine | None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from opendit import attached, ema
+from opendit import attached, ema, ema_snapshots
 from opendit.stepping import Stepper, Stepping, _steppers, logger, stepper_of
 
 SchedulerT = TypeVar("SchedulerT", bound=LRScheduler)
@@ -35,10 +35,11 @@ def _unattached(base: Any) -> Any:
     return base.__new__(base)
 
 
-def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
-    """Makes `optimizer.step()` do what is `wanted` for `model` (unwrapped), anew where it did so before.
+def check(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
+    """Raises what `put_in` would, and changes nothing.
 
-    Raises `ValueError` where the optimizer or the model is attached otherwise, or the optimizer needs a closure.
+    `ValueError` where the optimizer or the model is attached otherwise, or the optimizer needs a closure; `ImportError`
+    where a package for what is wanted is missing.
     """
     if wanted and isinstance(optimizer, LBFGS):
         raise ValueError(
@@ -48,20 +49,34 @@ def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
     before = stepper_of(model)
     if before is not None and before.optimizer() not in (None, optimizer):
         raise ValueError("model: it is attached to another optimizer; call opendit.restore(model) first")
+    if isinstance(optimizer, Attached) and type(optimizer)._opendit_stepper is not before:
+        raise ValueError("optimizer: it is attached to another model; allowed: an optimizer of its own for each model")
+    if wanted.ema is not None and wanted.ema.snapshot_every:
+        ema_snapshots.check_packages()
+
+
+def put_in(model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
+    """Makes `optimizer.step()` do what is `wanted` for `model` (unwrapped), anew where it did so before.
+
+    Schedules that were given to `schedule` stay so. Raises what `check` does.
+    """
+    check(model, optimizer, wanted)
+    before = stepper_of(model)
+    schedulers = list(before.schedulers) if before is not None else []
     if before is not None:
         take_out(model)
-        logger.info("attached anew: averages start again at the parameters")
-    if isinstance(optimizer, Attached):
-        raise ValueError("optimizer: it is attached to another model; allowed: an optimizer of its own for each model")
+        logger.info("attached anew: averages start again at the parameters, counters and the loss scale as well")
     if not wanted:
         return
     stepper = Stepper(model, optimizer, wanted)
-    made = _made(type(optimizer), _step_of(type(optimizer)), stepper)
+    made = _made(type(optimizer), _step_of(type(optimizer), stepper), stepper)
     patched = optimizer.__dict__.get("step")
     optimizer.__class__ = made
     if patched is not None:  # by a scheduler, say, which calls the class's step that it found
-        optimizer.step = _around(optimizer, patched)  # type: ignore[method-assign]
+        optimizer.step = _around(optimizer, patched, stepper)  # type: ignore[method-assign]
     _steppers[model] = stepper
+    for scheduler in schedulers:
+        _hold(scheduler, stepper)
     attached.attach(model, "stepping", attached.Attached(_counted, _count_on))
     if stepper.ema is not None:
         averages = attached.Attached(ema.description, ema.load_description, _averages)
@@ -118,18 +133,28 @@ def schedule(scheduler: SchedulerT) -> SchedulerT:
     """
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"scheduler: got {type(scheduler).__name__}; allowed: a torch.optim.lr_scheduler.LRScheduler")
-    optimizer = scheduler.optimizer
-    if not isinstance(optimizer, Attached):
+    stepper = _stepper_behind(scheduler.optimizer)
+    if stepper is None:
         raise ValueError(
             "scheduler: its optimizer skips nothing; allowed: one on the optimizer that accelerate was given, or "
             "returned, with skip_nonfinite, fp16 or ema. Call this after accelerate"
         )
     if not isinstance(scheduler, Attached):
-        stepper = type(optimizer)._opendit_stepper
-        kind = cast(Any, type(scheduler))
-        cast(Any, scheduler).__class__ = _made(kind, _held(kind), stepper)
-        stepper.schedulers.add(scheduler)
+        _hold(scheduler, stepper)
     return scheduler
+
+
+def _stepper_behind(optimizer: Any) -> Stepper | None:
+    """What is attached to `optimizer`, or to an engine's wrapper around it."""
+    if isinstance(optimizer, Attached):
+        return type(optimizer)._opendit_stepper
+    return next((s for s in _steppers.values() if getattr(s.optimizer(), "inner", None) is optimizer), None)
+
+
+def _hold(scheduler: LRScheduler, stepper: Stepper) -> None:
+    kind = cast(Any, type(scheduler))
+    cast(Any, scheduler).__class__ = _made(kind, _held(kind), stepper)
+    stepper.schedulers.add(scheduler)
 
 
 def _made(base: Any, step: Any, stepper: Stepper) -> Any:
@@ -144,24 +169,30 @@ def _made(base: Any, step: Any, stepper: Stepper) -> Any:
     return type(base.__name__, (Attached, base), namespace)
 
 
-def _step_of(base: Any) -> Any:
+def _step_of(base: Any, stepper: Stepper) -> Any:
     @functools.wraps(base.step)  # its `hooked` too: the base's step runs the hooks
     def step(self: Any, closure: Any = None, **kwargs: Any) -> Any:
-        if not isinstance(self, Attached):  # taken out, while a scheduler still calls this
+        if not _is_in(stepper, self):
             return base.step(self, closure, **kwargs)
-        optimizer: Any = self
-        return type(self)._opendit_stepper.step(optimizer, functools.partial(base.step, self, **kwargs), closure)
+        return stepper.step(self, functools.partial(base.step, self, **kwargs), closure)
 
     return step
 
 
-def _around(optimizer: Optimizer, patched: Any) -> Any:
+def _is_in(stepper: Stepper, optimizer: Any) -> bool:
+    """Or else it was taken out, maybe for another, while a scheduler that was built meanwhile still calls its step."""
+    return getattr(type(optimizer), "_opendit_stepper", None) is stepper
+
+
+def _around(optimizer: Optimizer, patched: Any, stepper: Stepper) -> Any:
     this = weakref.ref(optimizer)
 
     @functools.wraps(patched)
     def step(closure: Any = None, **kwargs: Any) -> Any:
         optimizer = cast(Any, this())
-        return type(optimizer)._opendit_stepper.step(optimizer, functools.partial(patched, **kwargs), closure)
+        if not _is_in(stepper, optimizer):
+            return patched(closure, **kwargs)
+        return stepper.step(optimizer, functools.partial(patched, **kwargs), closure)
 
     cast(Any, step)._opendit_patched = patched
     return step

@@ -84,7 +84,8 @@ class BoosterConfig(Generic[OptimizerT]):
         reduction: in what gradients are averaged by a plugin: `"fp32"` (never less than the parameter's own dtype), or
             `"bf16"`, which halves the traffic and rounds.
         timeout: with a plugin, seconds after which a process that gives no sign of life, or does not join a
-            collective, ends the others. It is torch's time-out too where `accelerate` sets up the process group.
+            collective, ends the others. It is torch's time-out too where `accelerate` sets up the process group; a
+            later call in the same group changes the former only.
         sequence_parallel: the method that spreads a sequence over processes where `accelerate` is given `sp_size > 1`:
             `"fastseq"`, `"ulysses"`, `"ring"`, `"usp"`, or `"auto"`, the cheapest by `explain`'s numbers. Where blocks
             alternate between frames and tokens (Latte) there is one way, and only `"auto"` is allowed.
@@ -162,6 +163,11 @@ class BoosterConfig(Generic[OptimizerT]):
         self._check_plugin()
         if self.precision == "fp8" and self.engine != "torch":
             raise ValueError("precision: got 'fp8' with engine='colossalai'; allowed: with engine='torch'. Take 'bf16'")
+        if self.ema is not None and (self.engine, self.plugin) == ("colossalai", "gemini"):
+            raise ValueError(
+                "ema: got averages with ColossalAI's 'gemini', whose parameters are bf16 copies that hide small steps; "
+                "allowed: with its other plugins, or with engine='torch'. Choose one of them, or leave ema out"
+            )
         skip: object = self.skip_nonfinite
         if not (skip is None or (isinstance(skip, int) and (isinstance(skip, bool) or skip > 0))):
             raise ValueError(

@@ -114,7 +114,11 @@ def _norms(family: list[Divided], order: float, dtype: torch.dtype) -> list[Tens
     found = [torch.linalg.vector_norm(d.local, order, dtype=dtype) if d.local.numel() else zero for d in family]
     norms = torch.stack([norm.to(family[0].device) for norm in found])
     if math.isinf(order):
+        # The maximum over processes may drop a NaN, so these travel beside it.
+        norms = torch.cat([norms, norms.isnan().to(norms.dtype)])
         dist.all_reduce(norms, dist.ReduceOp.MAX)
+        norms, unknown = norms.chunk(2)
+        norms = norms.masked_fill(unknown > 0, math.nan)
     else:
         norms.pow_(order)
         dist.all_reduce(norms)

@@ -104,6 +104,12 @@ class DividedOptimizer(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"optimizer: {type(self).__name__} steps what an engine divided, and can't be copied or pickled; allowed: "
+            "its state_dict(), opendit.save. Build another one for a copy of the model"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """As `inner` would give it in one process, gathered; every process makes this call."""
         return cast("dict[str, Any]", self.gradients.boosted.state_dict())

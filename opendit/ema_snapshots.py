@@ -49,6 +49,11 @@ def write(folder: str, ema: Any) -> None:
     os.replace(temporary, final)
 
 
+def check_packages() -> None:
+    """Raises `ImportError` where what `write` needs is missing."""
+    _safetensors("torch")
+
+
 def posthoc_ema(folder: str | os.PathLike[str], *, std: float, step: int | None = None) -> dict[str, Tensor]:
     """The average of width `std` (σ_rel) over the steps up to `step`, synthesised from snapshots after training.
 
@@ -101,25 +106,40 @@ def _add(total: dict[str, Tensor], file: Path, names: list[str], label: str, fac
 def _complete(folder: Path) -> dict[int, dict[Path, list[str]]]:
     """By step, the snapshots that are whole: which parameters to read from which file.
 
-    Hybrid sharding writes some parts several times; the first counts.
+    A step may have been written again by another number of processes, which leaves the files of both; what was written
+    last counts, if it is whole.
     """
     found: dict[int, dict[Path, list[str]]] = {}
     for place in folder.glob("[0-9]*"):
-        take: dict[Path, list[str]] = {}
-        missing: dict[str, int] = {}
-        seen: set[tuple[str, int]] = set()
+        written: dict[str, list[Path]] = {}
         for file in sorted(place.glob(_PATTERN)):
-            sizes, about = _header(file)
-            for name, n in sizes.items():
-                part = (name, about["starts"][name])
-                missing.setdefault(name, math.prod(about["shapes"][name]))
-                if part not in seen and (n or not math.prod(about["shapes"][name])):
-                    seen.add(part)
-                    missing[name] -= n
-                    take.setdefault(file, []).append(name)
-        if take and not any(missing.values()):
-            found[int(place.name)] = take
+            written.setdefault(file.stem.split("-of-")[1], []).append(file)
+        for files in sorted(written.values(), key=lambda files: -max(file.stat().st_mtime_ns for file in files)):
+            take = _whole(files)
+            if take is not None:
+                found[int(place.name)] = take
+                break
     return found
+
+
+def _whole(files: list[Path]) -> dict[Path, list[str]] | None:
+    """Which parameters to read from which of `files`, written together; None where something is missing.
+
+    Hybrid sharding writes some parts several times; the first counts.
+    """
+    take: dict[Path, list[str]] = {}
+    missing: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
+    for file in files:
+        sizes, about = _header(file)
+        for name, n in sizes.items():
+            part = (name, about["starts"][name])
+            missing.setdefault(name, math.prod(about["shapes"][name]))
+            if part not in seen and (n or not math.prod(about["shapes"][name])):
+                seen.add(part)
+                missing[name] -= n
+                take.setdefault(file, []).append(name)
+    return take if take and not any(missing.values()) else None
 
 
 def _header(file: Path) -> tuple[dict[str, int], dict[str, Any]]:

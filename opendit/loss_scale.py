@@ -15,6 +15,7 @@ reduce in fp32, as it does by default; in fp16 the division would lose what the 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -94,18 +95,22 @@ class LossScale:
             module: Any = sharded()
             if module is None:
                 continue
-            # A sum, and the division after it: gloo can't multiply on the way.
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(_processes(module) * value)
+            processes, shards = _processes(module)
+            # A sum, and the division after it: gloo can't multiply on the way. Where there is nothing to scatter, torch
+            # divides in place of that, and would do so again after the sum.
+            module.set_force_sum_reduction_for_comms(shards > 1)
+            module.set_gradient_divide_factor(processes * value)
 
 
 def _unscaled(scale: LossScale | None, gradient: Tensor) -> Tensor:
     return gradient if scale is None else gradient * scale.current(gradient.device)[1].to(gradient.dtype)
 
 
-def _processes(module: Any) -> int:
-    """Over how many processes the gradients of `module`'s own parameters are averaged."""
+def _processes(module: Any) -> tuple[int, int]:
+    """Over how many processes gradients of `module`'s own parameters are averaged; over how many of them divided."""
     for p in module.parameters():
         if hasattr(p, "device_mesh"):
-            return int(p.device_mesh.size())
-    return 1
+            mesh = p.device_mesh
+            shards = math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_shard())
+            return int(mesh.size()), shards
+    return 1, 1

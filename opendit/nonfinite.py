@@ -51,7 +51,7 @@ def look(optimizer: Optimizer, names: Mapping[int, str], given: Tensor | None) -
         gradient: Any = p.grad
         if gradient is None:
             continue
-        gradient = gradient.to_local() if hasattr(gradient, "device_mesh") else gradient
+        gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
         gradient = gradient._values() if gradient.is_sparse else gradient
         if gradient.numel():
             local.append(gradient)

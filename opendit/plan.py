@@ -17,7 +17,7 @@ from opendit.fastseq import methods
 from opendit.fastseq.mesh import device_type
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import fp8, spec
-from opendit.patch.adaln import FusedAdaLN
+from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
 from opendit.patch.core import Choices, Edit, Plan, notes
 from opendit.patch.generic import generic, plan_division
@@ -57,7 +57,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     if sp_size > 1:
         choices = _spread(planner, model, family, cfg, choices, sp_size)
     _check_used(cfg, planner)
-    _check_blocks(cfg, planner, family)
+    _check_blocks(cfg, planner, choices, family)
     plan_precision(planner, model, cfg.precision)
     units = (*family.called_apart, *(name for name, _ in family.blocks_of(model)))
     if family.name == GENERIC.name:
@@ -153,7 +153,7 @@ def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
             )
 
 
-def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
+def _check_blocks(cfg: BoosterConfig, planner: Planner, choices: Choices, family: Family) -> None:
     """What only fused blocks can do must find one; by name it is refused, of a recipe's it is said."""
     if cfg.compile and not family.blocks:
         raise ValueError(
@@ -163,7 +163,7 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
     ways = _ways(planner.edits)
     checkpointing = cfg.activation_checkpointing
     if cfg.precision == "fp8":
-        _check_fp8(cfg, planner, "whole" in ways)
+        _check_fp8(cfg, planner, choices, "whole" in ways)
     if "whole" in ways:
         return
     if cfg.cuda_graphs or checkpointing == "selective":
@@ -182,8 +182,14 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, family: Family) -> None:
             )
 
 
-def _check_fp8(cfg: BoosterConfig, planner: Planner, whole: bool) -> None:
-    """Products in 8 bits are those of blocks that are one function."""
+def _check_fp8(cfg: BoosterConfig, planner: Planner, choices: Choices, whole: bool) -> None:
+    """Products in 8 bits are those of blocks that are one function, of Triton's kernels."""
+    others = [n for n in (*BLOCK_KERNELS, "gelu") if choices.kernel(n) not in ("auto", "triton")]
+    if others:
+        raise ValueError(
+            f"precision: got 'fp8' with kernels={choices.kernel(others[0])!r} for {', '.join(others)}; allowed: 'auto' "
+            "and 'triton', for blocks are one function with those only"
+        )
     if cfg.fusion == "adaln":
         raise ValueError("precision: got 'fp8' with fusion='adaln'; allowed: with 'auto' or 'block', for whole blocks")
     if not whole:

@@ -63,6 +63,7 @@ class ShardedEma:
         self.description, self.profiles = description, description.profiles()
         self.steps = 0
         self.parts = [_part(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.known = {id(part.parameter) for part in self.parts}
         for part in self.parts:
             if part.parameter.is_meta:
                 raise ValueError(
@@ -124,7 +125,7 @@ class ShardedEma:
         divided = [part.parameter for part in self.parts if part.divided]
         if divided and several():
             sums = torch.stack([p.detach().double().sum() for p in divided]).cpu()
-            if any(not torch.equal(sums, other) for other in gathered(sums)):
+            if any(not torch.allclose(sums, other, rtol=0, atol=0, equal_nan=True) for other in gathered(sums)):
                 raise RuntimeError(
                     "model: its parameters differ among processes, so they have no common EMA; allowed: one process, "
                     "DDP, or FSDP2. Wrap the model before training"

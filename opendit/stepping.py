@@ -154,21 +154,26 @@ class Stepper:
         expected = self.scale is not None  # how a loss scale finds its height
         level = logging.INFO if expected or self.skipped > 1 else logging.WARNING
         logger.log(level, "step skipped: gradients were inf or NaN (%d so far)", self.skipped)
-        patched = getattr(self.optimizer(), "__dict__", {}).get("step")
-        if self.skipped == 1 and hasattr(patched, "_wrapped_by_lr_sched") and not self.schedulers:
+        optimizer: Any = self.optimizer()
+        built_on = (optimizer, getattr(optimizer, "inner", None))  # an engine's wrapper, and the user's own in it
+        scheduled = any(hasattr(getattr(o, "step", None), "_wrapped_by_lr_sched") for o in built_on)
+        if self.skipped == 1 and scheduled and not self.schedulers:
             logger.warning(
                 "a learning-rate scheduler is built on this optimizer: it advances after a skipped step too, unless it "
                 "was passed through opendit.schedule(scheduler)"
             )
 
     def _check_known(self, optimizer: Optimizer) -> None:
-        """fp16: a parameter whose gradient nobody scales back must not be stepped with."""
-        if self.scale is not None:
-            for p in nonfinite.parameters(optimizer):
-                if id(p) in self.names and p.grad is not None and id(p) not in self.scale.known:
+        """A parameter that thawed since: nobody scales its gradient back (fp16), and no average follows it."""
+        asked = [("precision='fp16'", "its gradient is scaled", self.scale), ("ema", "no average has it", self.ema)]
+        for p in nonfinite.parameters(optimizer) if self.scale is not None or self.ema is not None else ():
+            if id(p) not in self.names or p.grad is None:
+                continue
+            for what, follows, part in asked:
+                if part is not None and id(p) not in part.known:
                     raise RuntimeError(
-                        f"optimizer: {self.names[id(p)]!r} was frozen when precision='fp16' was set up, so its "
-                        "gradient is scaled; call opendit.attach(model, optimizer) after freezing and unfreezing"
+                        f"optimizer: {self.names[id(p)]!r} was frozen when {what} was set up, so {follows}; call "
+                        "opendit.attach(model, optimizer) after freezing and unfreezing (averages start anew)"
                     )
 
     def _found(self, optimizer: Optimizer) -> Tensor | None:
@@ -240,9 +245,10 @@ def in_words(wanted: Stepping | None, model: nn.Module, *, applied: bool) -> lis
             lines.append(f"    snapshots every {wanted.ema.snapshot_every} steps in {wanted.ema.snapshots}")
     stepper = stepper_of(model)
     if stepper is not None:
-        stepper.settle()
+        # Not settled: that may raise on all processes together, and explain is called by one.
         scale = f", loss scale {stepper.scale.value:g}" if stepper.scale is not None else ""
-        lines.append(f"  so far: {stepper.taken} steps taken, {stepper.skipped} skipped{scale}")
+        pending = ", and one that the device has not told yet" if stepper._pending is not None else ""
+        lines.append(f"  so far: {stepper.taken} steps taken, {stepper.skipped} skipped{scale}{pending}")
     elif applied:
         lines.append("  not attached to an optimizer yet: opendit.attach(model, optimizer) does it")
     return lines

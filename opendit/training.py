@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ class Training:
         engine: what it was placed on; None without a plugin.
         lines: for `explain`.
         model, optimizer: what `accelerate` returned, called to get them; `optimizer()` is None where there was none.
+        hooks: handles of those that were put on the optimizer or the wrapper.
     """
 
     cfg: BoosterConfig[Any]
@@ -36,6 +37,12 @@ class Training:
     lines: tuple[str, ...]
     model: Callable[[], nn.Module | None]
     optimizer: Callable[[], Optimizer | None]
+    hooks: list[Any] = field(default_factory=list)
+
+    def let_go(self) -> None:
+        """Takes the hooks off."""
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def placed(self) -> nn.Module:
         """The model on its engine. Raises `ValueError` where what `accelerate` returned was dropped."""
@@ -60,7 +67,9 @@ def _none() -> None:
 
 
 def forget(model: nn.Module) -> None:
-    _trainings.pop(model, None)
+    known = _trainings.pop(model, None)
+    if known is not None:
+        known.let_go()
 
 
 def training_of(model: nn.Module) -> Training | None:

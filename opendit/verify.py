@@ -129,6 +129,11 @@ def verify(
             f"booster_cfg: got plugin={cfg.plugin!r}; allowed here: None. verify averages gradients itself; leave "
             "plugin out"
         )
+    if cfg.precision == "fp8":
+        raise ValueError(
+            "booster_cfg: got precision='fp8'; allowed here: the others. Products in 8 bits have nothing unaccelerated "
+            "to be compared with; verify the model with precision='bf16', and compare losses of a run"
+        )
     if optimizer is not None and (isinstance(optimizer, Optimizer) or not callable(optimizer)):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}; allowed: a factory of the parameters, or None")
     if not isinstance(batch, (Sequence, Mapping)) or isinstance(batch, str) or not batch:

@@ -55,6 +55,10 @@ class View:
     round: float
     failed_at: float | None = None
 
+    def waits(self, timeout: float) -> None:
+        """From now on for so long."""
+        self.timeout, self.interval = timeout, _interval(timeout)
+
     def seen(self, rank: int, beats: int, steps: int, status: str, now: float) -> None:
         life = self.lives[rank]
         if beats != life.beats:
@@ -188,19 +192,25 @@ class Watch:
         return _watch is self
 
 
+def _interval(timeout: float) -> float:
+    return min(_INTERVAL, timeout / 10)
+
+
 _watch: Watch | None = None
 
 
-def watch(timeout: float) -> Watch | None:
+def watch(timeout: float | None, default: float) -> Watch | None:
     """Watches the processes of the default group; every one makes this call. The same watch on later calls.
 
-    None where there is one process only.
+    The last `timeout` that was given counts, `default` where none was. None where there is one process only.
     """
     global _watch
     if dist.get_world_size() == 1:
         return None
     if _watch is not None:
         if _watch.world is dist.group.WORLD:
+            if timeout is not None:
+                _watch.view.waits(timeout)
             return _watch
         _watch.closed.set()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -214,7 +224,8 @@ def watch(timeout: float) -> Watch | None:
     if store is None:
         store = tcp_store(host, port[0], is_master=False, wait_for_workers=False)
     now = time.monotonic()
-    view = View(rank, timeout, min(_INTERVAL, timeout / 10), [Life(at=now) for _ in range(world)], now)
+    limit = timeout if timeout is not None else default
+    view = View(rank, limit, _interval(limit), [Life(at=now) for _ in range(world)], now)
     _watch = Watch(store, view, dist.group.WORLD)
     store.set(str(rank), json.dumps([0, 0, ""]))
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from opendit import nonfinite
 from opendit.divided import Divided
 from opendit.pieces import piece_of
 
@@ -17,7 +19,7 @@ SHAPES = ((3, 5), (1,), (4,), (2, 3, 2))  # odd; one that the second process has
 
 
 def cases(world: int) -> dict[str, Any]:
-    return {"norms": norms, "in place": in_place, "refused": refused, "whole": whole}
+    return {"norms": norms, "in place": in_place, "refused": refused, "whole": whole, "nan": not_a_number}
 
 
 def both() -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -59,6 +61,32 @@ def norms() -> float:
                 pairs += [(a, q.grad.norm(order)) for a, q in zip(each, plain, strict=True)]
                 worst = max(worst, *(abs(float(a / b) - 1) for a, b in pairs))
     return worst
+
+
+def not_a_number() -> list[str]:
+    """A NaN or inf in one process's range, each in turn: steps are skipped by all, norms show it."""
+    wrong = []
+    for bad, value in itertools.product(range(dist.get_world_size()), (math.nan, math.inf)):
+        divided, _ = both()
+        optimizer = torch.optim.SGD(divided, lr=1.0)
+        if nonfinite.look(optimizer, {}, None)[0]:
+            wrong.append("found what is not there")
+        if dist.get_rank() == bad:
+            divided[0].grad.to_local()[1] = value
+        found, seen = nonfinite.look(optimizer, {}, None)
+        here = any(not math.isfinite(norm) for norm in seen.norms.tolist())
+        if not found or here != (dist.get_rank() == bad):
+            wrong.append(f"{value} on {bad}: found {found}, here {here}")
+        wrong += [
+            f"{value} on {bad}: a norm of order {order} is {norm}"
+            for order in (2.0, math.inf)
+            for norm in (
+                float(divided[0].grad.norm(order)),
+                float(nn.utils.get_total_norm([p.grad for p in divided], order)),
+            )
+            if math.isfinite(norm) or math.isnan(value) != math.isnan(norm)
+        ]
+    return wrong
 
 
 def in_place() -> list[str]:

@@ -25,7 +25,9 @@ from opendit import ema, loss_scale, nonfinite, sharded_ema, stepping
 from tests.comparing import build
 from tests.tiny_models import TINY
 
-KINDS = ("alone", "ddp", "sharded")
+KINDS = ("alone", "ddp", "sharded", "one process")
+# Nothing averages gradients, so that processes train on one batch. "one process": FSDP2 over a mesh of one.
+APART = ("alone", "one process")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-3),
     "fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
@@ -58,6 +60,7 @@ def cases(world: int) -> dict[str, Any]:
         found[f"overflow/{kind}"] = functools.partial(overflow_on_one, kind)
         found[f"gradients/{kind}"] = functools.partial(gradients, kind, world)
         found[f"ema/{kind}"] = functools.partial(averages, kind, world)
+    found["gradients/replicas"] = functools.partial(gradients, "replicas", world)
     for case in (stop, snapshots, gathered_shards, apart, let_go):
         found[case.__name__] = case
     for name, mutant in MUTANTS.items():
@@ -79,8 +82,11 @@ def _made(model: Any, kind: str, config: dict[str, Any], optimizer: str) -> tupl
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    shape, names = ((2, 2), ("replicas", "shards")) if kind == "hybrid" else ((dist.get_world_size(),), ("shards",))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    world = dist.get_world_size()
+    shards = {"hybrid": world // 2, "sharded": world}.get(kind, 1)
+    mesh = init_device_mesh("cpu", (world // shards, shards), mesh_dim_names=("replicas", "shards"))
+    if kind in ("sharded", "one process"):
+        mesh = mesh["shards"]
     opendit.accelerate(model, config)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -125,14 +131,12 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def skips_together(kind: str, optimizer: str) -> list[str]:
     """A NaN in one element of one gradient on the last process, in the second and fourth of five steps."""
     model, stepped = made(kind, {"skip_nonfinite": 3, "ema": [0.9, 0.5]}, optimizer)
-    early = kind == "alone"
     schedule = torch.optim.lr_scheduler.StepLR(stepped, 1, gamma=0.5)
     opendit.schedule(schedule)
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     wrong: list[str] = []
     for i in range(5):
-        # "alone": nothing averages gradients, so that processes train on one batch.
-        loss_of(model, 0 if early else rank).backward()
+        loss_of(model, 0 if kind in APART else rank).backward()
         before, rates = everything(model, stepped), schedule.get_last_lr()
         bad = i in (1, 3)
         if bad and rank == last:
@@ -163,7 +167,7 @@ def overflow_on_one(kind: str) -> list[str]:
     wrong: list[str] = []
     expected = 2.0**16
     for i in range(4):
-        loss = loss_of(model, 0 if kind == "alone" else rank)
+        loss = loss_of(model, 0 if kind in APART else rank)
         bad = i in (0, 2)
         (loss * 1e5 if bad and rank == last else loss).backward()
         before = everything(model, stepped)
@@ -185,7 +189,7 @@ def gradients(kind: str, world: int, precision: str = "fp16") -> tuple[float, fl
     """
     small = 1e-4  # most gradients are below what fp16 has without a scale
     plain = build(_DIT).eval()
-    ranks = range(1) if kind == "alone" else range(world)
+    ranks = range(1) if kind in APART else range(world)
     truth = build(_DIT, torch.float64).eval()
     for _ in range(2):
         for rank in ranks:
@@ -196,7 +200,7 @@ def gradients(kind: str, world: int, precision: str = "fp16") -> tuple[float, fl
             (out.float().square().mean() * small / len(ranks) * 2.0**16).backward()
     model, _ = made(kind, {"precision": precision})
     for _ in range(2):
-        (loss_of(model, 0 if kind == "alone" else dist.get_rank()) * small).backward()
+        (loss_of(model, 0 if kind in APART else dist.get_rank()) * small).backward()
     wanted = {n: p.grad for n, p in truth.named_parameters() if p.grad is not None}
     theirs = {n: p.grad.double() / 2.0**16 for n, p in plain.named_parameters() if p.grad is not None}
     ours = {
@@ -224,7 +228,7 @@ def averages(kind: str, world: int) -> list[str]:
     profiles = config["ema"].profiles()
     t = 0
     for i in range(5):
-        loss_of(model, 0 if kind == "alone" else dist.get_rank()).backward()
+        loss_of(model, 0 if kind in APART else dist.get_rank()).backward()
         if i == 2 and dist.get_rank() == 0:
             local(next(iter(trained.values())).grad).view(-1)[0] = float("inf")
         stepped.step()
@@ -241,7 +245,7 @@ def averages(kind: str, world: int) -> list[str]:
     for label, values in sharded(unwrapped).values.items():
         held = sum(v.numel() for v in values)
         storage = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values}
-        shares = world // 2 if kind == "hybrid" else world
+        shares = {"hybrid": world // 2, "one process": 1}.get(kind, world)
         wrong += [f"{label}: {held} held of {elements}"] * (held > elements / shares + 48 * 6 * len(values))
         wrong += [f"{label}: {sum(storage.values())} bytes for {held}"] * (sum(storage.values()) != 4 * held)
     own = {n: local(p).clone() for n, p in unwrapped.named_parameters()}

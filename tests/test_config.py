@@ -127,3 +127,10 @@ def test_optimizer_may_be_instance_or_factory():
 def test_bad_settings_say_what_is_allowed(source, error, says):
     with pytest.raises(error, match=says):
         BoosterConfig.of(source)
+
+
+def test_averages_of_bf16_copies_are_refused():
+    with pytest.raises(ValueError, match=r"ema: got averages with ColossalAI's 'gemini'"):
+        BoosterConfig(plugin="gemini", engine="colossalai", ema=0.9)
+    BoosterConfig(plugin="gemini", ema=0.9)
+    BoosterConfig(plugin="zero2", engine="colossalai", ema=0.9)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import opendit
-from opendit import ema
-from opendit.sharded_ema import ShardedEma
+from opendit import ema, ema_profiles, ema_snapshots, sharded_ema
+from opendit.sharded_ema import Part, ShardedEma
 from tests.comparing import build
 from tests.launch import of_every_rank
 from tests.stepping_cases import KINDS, MUTANTS, loss_of, made
@@ -212,3 +216,48 @@ def test_snapshots_that_are_no_use_are_said(tmp_path):
     (tmp_path / "00000002" / "rank-0-of-1.safetensors").write_bytes(b"\x80\x04not a tensor")
     with pytest.raises(Exception, match=r"(?i)header"):
         opendit.posthoc_ema(tmp_path, std=0.1)
+
+
+def written(folder, monkeypatch, world: int, value: float, ranks=None) -> None:
+    """A snapshot of step 1, as `world` processes write it."""
+    gammas = {label: ema_profiles.Power(ema_profiles.gamma_of(std)) for label, std in (("a", 0.05), ("b", 0.1))}
+    monkeypatch.setattr(ema_snapshots, "several", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    for rank in range(world) if ranks is None else ranks:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        size = 8 // world
+        part = Part("w", nn.Parameter(torch.zeros(8)), (8,), rank * size, (rank + 1) * size, True)
+        values = {label: [torch.full((size,), value)] for label in gammas}
+        ema_snapshots.write(str(folder), SimpleNamespace(steps=1, profiles=gammas, parts=[part], values=values))
+        time.sleep(0.01)
+
+
+def test_a_step_that_another_number_of_processes_wrote_again_counts_as_written_last(tmp_path, monkeypatch):
+    for world, value in ((2, 1.0), (4, 2.0), (1, 3.0), (2, 4.0)):
+        written(tmp_path, monkeypatch, world, value)
+        assert torch.allclose(opendit.posthoc_ema(tmp_path, std=0.07)["w"], torch.full((8,), value))
+    written(tmp_path, monkeypatch, 8, 5.0, ranks=range(7))  # killed before the last one
+    assert torch.allclose(opendit.posthoc_ema(tmp_path, std=0.07)["w"], torch.full((8,), 4.0))
+
+
+def test_copies_that_are_nan_everywhere_are_alike(monkeypatch):
+    model = nn.Linear(2, 2)
+    averages = ShardedEma(model, opendit.EMA(decays=0.5))
+    averages.parts = [dataclasses.replace(part, divided=True) for part in averages.parts]
+    nn.init.constant_(model.weight, float("nan"))
+    monkeypatch.setattr(sharded_ema, "several", lambda: True)
+    monkeypatch.setattr(sharded_ema, "gathered", lambda value: [value, value.clone()])
+    averages.check(model)
+    monkeypatch.setattr(sharded_ema, "gathered", lambda value: [value, value + 1])
+    with pytest.raises(RuntimeError, match="its parameters differ among processes"):
+        averages.check(model)
+
+
+def test_snapshots_without_their_package_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    model = build(TINY[0])
+    kinds = [type(m) for m in model.modules()]
+    config = {"ema": opendit.EMA(stds=(0.1,), snapshot_every=1, snapshots=tmp_path)}
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        opendit.accelerate(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [type(m) for m in model.modules()] == kinds

@@ -110,7 +110,7 @@ MAY_IMPORT = {
         "opendit.sharded_ema",
         "opendit.stepping",
     },
-    "opendit.attaching": {"opendit.attached", "opendit.ema", "opendit.stepping"},
+    "opendit.attaching": {"opendit.attached", "opendit.ema", "opendit.ema_snapshots", "opendit.stepping"},
     "opendit.stepping": {
         "opendit.ema_profiles",
         "opendit.loss_scale",

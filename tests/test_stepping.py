@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import opendit
-from opendit import ema, stepping
+from opendit import ema, nonfinite, stepping
 from tests.comparing import build
 from tests.launch import of_every_rank
 from tests.stepping_cases import MUTANTS, OPTIMIZERS, STEPPED, changed, everything, loss_of, made, samples
@@ -87,6 +87,55 @@ def test_schedules_built_before_and_after(optimizer, built):
     schedule.step()
     assert schedule.last_epoch == 4
     assert model.blocks[0].attn.qkv.weight.isnan().any()
+
+
+@pytest.mark.parametrize("again", ["attach", "restore"])
+@pytest.mark.parametrize("built", ["before", "between"])
+def test_attached_anew_a_step_is_one_step_and_schedules_stay(again, built):
+    model = build(TINY[0]).eval()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1) if built == "before" else None
+    opendit.accelerate(model, {"ema": 0.5}, optimizer=optimizer)
+    schedule = opendit.schedule(schedule or torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    for _ in range(2):
+        if again == "attach":
+            opendit.attach(model, optimizer)
+        else:
+            opendit.restore(model)
+            opendit.accelerate(model, {"ema": 0.5}, optimizer=optimizer)
+            opendit.schedule(schedule)
+    name, p = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    before = p.detach().clone()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    schedule.step()
+    stepper = stepping.stepper_of(model)
+    assert (stepper.taken, stepper.ema.steps, schedule.last_epoch) == (1, 1, 1)
+    assert torch.allclose(ema.pieces(model)["0.5"][name].values, ((before + p) / 2).detach().flatten(), atol=1e-7)
+    spoil(model)
+    optimizer.step()
+    schedule.step()
+    assert (stepper.skipped, schedule.last_epoch) == (1, 1)
+    opendit.restore(model)
+    assert type(optimizer) is torch.optim.AdamW
+    optimizer.step()  # as torch does
+    assert model.blocks[0].attn.qkv.weight.isnan().any()
+    assert stepper.taken == 1
+
+
+def test_a_schedule_on_the_optimizer_inside_an_engines_wrapper():
+    model = build(TINY[0]).eval()
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.inner = inner  # as ColossalAI's has it
+    opendit.accelerate(model, {"skip_nonfinite": True}, optimizer=optimizer)
+    assert opendit.schedule(schedule) is schedule
+    loss_of(model, 0).backward()
+    spoil(model)
+    optimizer.step()
+    schedule.step()
+    assert schedule.last_epoch == 0
 
 
 def test_a_schedule_that_was_not_given_is_told(caplog):
@@ -201,6 +250,16 @@ def test_the_limit_is_of_steps_in_a_row(optimizer):
         opendit.NonFiniteGradients, match=r"2 steps in a row.*2 were taken before.*blocks.0.attn.qkv.weight"
     ):
         (stepped.step(), stepping.stepper_of(model).settle())  # where nobody waited for the device
+
+
+def test_explain_waits_for_nobody():
+    model, _ = made("alone", {"skip_nonfinite": True}, "fused")
+    stepper = stepping.stepper_of(model)
+    stepper._pending = nonfinite.Pending(torch.ones(()), None)
+    text = io.StringIO()
+    opendit.explain(model, file=text)
+    assert "so far: 0 steps taken, 0 skipped, and one that the device has not told yet" in text.getvalue()
+    assert stepper._pending is not None
 
 
 def test_explain_says_what_a_step_does():

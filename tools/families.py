@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 
 from opendit.config import BoosterConfig  # noqa: E402
 from opendit.patch.core import Plan  # noqa: E402
-from opendit.patch.registry import GENERIC, Family, families  # noqa: E402
+from opendit.patch.registry import GENERIC, Family, builtin  # noqa: E402
 from opendit.plan import grouped, plan_for  # noqa: E402
 from tests.tiny_models import TINY, UserDiT, UserLatte  # noqa: E402
 
@@ -41,7 +41,7 @@ _SPREAD = "Sequences can be spread over processes (`sp_size`): split before the 
 
 def page() -> str:
     parts = [_HEAD]
-    for family in families().values():
+    for family in builtin().values():
         builders = [next(t.build for t in TINY if t.family == family.name), *_VARIANTS.get(family.name, [])]
         parts.append(_section(family, [plan_for(build(), BoosterConfig()) for build in builders]))
     parts.append(_generic())

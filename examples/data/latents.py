@@ -51,9 +51,10 @@ class Latents(Dataset):
         asked = {"image_size": image_size, "num_frames": num_frames, "frame_interval": frame_interval, "flip": flip}
         for name, value in asked.items():
             if self.settings[name] != value:
+                remedy = "Train with --no_flip" if name == "flip" and value else "Give the same"
                 raise ValueError(
                     f"{name}: got {value}; the latents in {folder} were made with {self.settings[name]}. "
-                    "Give the same, or run preprocess again"
+                    f"{remedy}, or run preprocess again"
                 )
         if (flip or num_frames > 1) and self.settings["seed"] != seed:
             raise ValueError(

@@ -51,6 +51,8 @@ def list_folder(root: Path, extensions: set[str]) -> Listing:
 
     folders = [(folder, inside(folder)) for folder in sorted(p for p in root.iterdir() if p.is_dir())]
     folders = [(folder, paths) for folder, paths in folders if paths]
+    if all(folder.name.isdecimal() for folder, _ in folders):  # 2 before 10
+        folders.sort(key=lambda found: int(found[0].name))
     loose = sorted(p for p in root.iterdir() if p.suffix.lower() in extensions)
     if folders and loose:
         raise ValueError(

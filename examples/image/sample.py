@@ -38,11 +38,10 @@ def picture_path(text: str) -> Path:
 def main() -> None:
     parser = OneLineParser(prog="sample.py", description=__doc__.partition("\n\n")[0])
     add_sample_options(parser, "image")
-    adder(parser)(
-        "--out", type=picture_path, default=Path("samples.png"), help="a .png, .jpg, … (default: samples.png)"
-    )
+    adder(parser)("--out", type=picture_path, help="a .png, .jpg, … (default: samples.png)")
     args = parse(parser)
     check_sample_options(parser, args)
+    args.out = args.out or Path("samples.png")
 
     with parser.explain_mistakes():
         process = start_process(args.device)

@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 import opendit
 from examples.common import OneLineParser, autocast, gather_lists, in_ddp, start_process
 from examples.diffusion import objective_of
-from examples.encoding import Encoder, model_config
+from examples.encoding import Encoder, model_config, take_networks
 from examples.image.data import open_images
 from examples.image.report import print_summary, sample_and_judge, save_grid, save_loss_curve
 from examples.image.speed import compare
@@ -41,9 +41,12 @@ def main() -> None:
         process = start_process(args.device)
         device, on_gpu = process.device, process.device.type == "cuda"
         everything = open_images(args.data_path, args.image_size, flip=not args.no_flip, seed=args.global_seed)
+        take_networks(args, everything)
         data, held_out = split(everything, args.val_fraction, args.global_seed)
         objective = objective_of(args).to(device)
-        encoder = Encoder(args.vae, args.text_encoder, architecture_of(args.model), everything.classes, device)
+        encoder = Encoder(
+            args.vae, args.text_encoder, architecture_of(args.model), everything.classes, device, args.text_length
+        )
         config = model_config(args, everything, encoder, objective.learn_sigma, MODELS["image"][args.model])
         torch.manual_seed(args.global_seed)
         model = build(config).to(device)
@@ -77,7 +80,8 @@ def main() -> None:
 
     metrics = run.finish() | {"unreadable_files": gather_lists(list(everything.skipped))}
     settings = {"objective": args.objective, "pixels": args.vae is None, "classes": everything.classes}
-    run.export({**settings, "vae": args.vae, "text_encoder": args.text_encoder})
+    networks = {"vae": args.vae, "text_encoder": args.text_encoder, "text_length": args.text_length}
+    run.export({**settings, **networks})
     problem = ""
     try:
         metrics |= sample_and_judge(run, run.folder / "samples.png")

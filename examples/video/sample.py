@@ -45,12 +45,12 @@ def main() -> None:
     add(
         "--out",
         type=clip_path,
-        default=Path("samples.gif"),
         help="a .gif, or an .mp4 where PyAV is (default: samples.gif)",
     )
     add("--fps", type=positive_int, default=8)
     args = parse(parser)
     check_sample_options(parser, args)
+    args.out = args.out or Path("samples.gif")
 
     with parser.explain_mistakes():
         process = start_process(args.device)

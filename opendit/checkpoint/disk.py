@@ -13,6 +13,7 @@ by one rename, the parent is flushed, and only then `latest` changes, by a renam
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from opendit.checkpoint import jsonfile
 from opendit.checkpoint.errors import DamagedCheckpointError
+
+logger = logging.getLogger("opendit")
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
@@ -44,13 +47,13 @@ def step_of(name: str) -> int | None:
 
 
 def begin(folder: Path, step: int) -> tuple[Path, str]:
-    """An empty temporary folder, and the name it shall get. What killed processes left is removed."""
+    """An empty temporary folder, and the name it shall get. What killed processes left is removed, if it can be."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         flush(folder.parent)
     for entry in list(os.scandir(folder)):
         if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
+            _remove(Path(entry.path))
     base = name = f"step-{step:08d}"
     again = 1
     while os.path.lexists(folder / name):
@@ -104,8 +107,20 @@ def keep_newest(folder: Path, name: str, keep: int) -> None:
     known = names(folder)
     for old in known[: max(0, known.index(name) + 1 - keep)]:
         doomed = folder / f"{old}.tmp-{secrets.token_hex(8)}"
-        os.rename(folder / old, doomed)
-        shutil.rmtree(doomed)
+        try:
+            os.rename(folder / old, doomed)
+        except OSError as error:
+            logger.warning("%s: can't be removed (%s)", folder / old, error)
+            continue
+        _remove(doomed)
+
+
+def _remove(folder: Path) -> None:
+    """Where it can't be, that is logged, and the next save tries again; what is saved is whole all the same."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s: can't be removed (%s); the next save tries again", folder, error)
 
 
 def latest(folder: Path) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be written, or that can't be read into what it was given for."""
@@ -14,3 +17,14 @@ class DamagedCheckpointError(CheckpointError):
     """
 
     intact: str | None = None
+
+
+@contextlib.contextmanager
+def seen_as_damage(name: object) -> Iterator[None]:
+    """What the disk, or a value in a file, makes Python raise is a `DamagedCheckpointError` about `name`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{name}: can't be read ({type(error).__name__}: {error})") from error

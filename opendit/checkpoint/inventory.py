@@ -27,6 +27,7 @@ from opendit.checkpoint.modules import module_pieces, optimizer_state
 from opendit.checkpoint.plain import encode
 from opendit.patch.core import plan_of
 from opendit.pieces import Piece, piece_of
+from opendit.training import training_of
 from opendit.wrapping import unwrap
 
 WITH_STATE_DICT = ("sampler", "scheduler", "scaler")  # the sampler may refuse, so it comes first
@@ -46,6 +47,14 @@ class Run:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model: got {type(self.model).__name__}; allowed: a torch.nn.Module")
+        known = training_of(self.model)
+        engine = known.engine if known is not None else None
+        paged = engine is not None and (engine.source, engine.plugin) == ("colossalai", "gemini")
+        if paged or type(self.model).__name__ == "GeminiDDP":
+            raise ValueError(
+                "model: it is on ColossalAI's 'gemini', whose fp32 masters are in chunks of its own; allowed: those of "
+                "other engines. Take its state_dict() and its optimizer's, or train with engine='torch'"
+            )
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
             raise TypeError(
                 f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or None"
@@ -127,10 +136,14 @@ def _made_by(model: nn.Module) -> dict[str, Any]:
 
 
 def check_finite(values: Mapping[str, torch.Tensor]) -> None:
-    """Raises `CheckpointError` naming the parameters, averages and moments of which something is not finite."""
+    """Raises `CheckpointError` naming the parameters, averages and moments of which something is not finite.
+
+    Leave out buffers: a mask of −inf is one.
+    """
     flags: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for key, value in values.items():
         if key.split("/")[0] in ("model", "optimizer", "ema") and (value.is_floating_point() or value.is_complex()):
+            value = value.float() if value.element_size() == 1 else value  # torch can't look at all kinds of 8 bits
             flags.setdefault(value.device, []).append((key, value.isfinite().all()))
     bad = []
     for rows in flags.values():

@@ -1,14 +1,15 @@
-"""JSON files, read as if whoever wrote them meant harm: regular, of limited size, no key twice, no NaN."""
+"""JSON files, read as if whoever wrote them meant harm: regular, of limited size, no key twice, no NaN or infinity."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from opendit.checkpoint.errors import DamagedCheckpointError
+from opendit.checkpoint.errors import DamagedCheckpointError, seen_as_damage
 
 # The index of a model with 10⁵ tensors over 64 processes is below this.
 LIMIT = 1 << 30
@@ -27,7 +28,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read(path: Path, limit: int = LIMIT) -> Any:
-    with open_plain(path) as file:
+    with open_plain(path) as file, seen_as_damage(path):
         content = file.read(limit + 1)
     if len(content) > limit:
         raise DamagedCheckpointError(f"{path}: is larger than the {limit} bytes that such a file may have")
@@ -37,7 +38,9 @@ def read(path: Path, limit: int = LIMIT) -> Any:
 def parse(content: bytes, name: str) -> Any:
     """The value of a JSON text; raises `DamagedCheckpointError` naming `name`."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refused)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{name}: is no JSON ({_short(error)})") from error
 
@@ -56,6 +59,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # what is too large for a float would be infinity
+        raise ValueError(f"{text[:40]} is out of range")
+    return value
 
 
 def _short(error: Exception) -> str:

@@ -1,17 +1,21 @@
 """`load`: a checkpoint back into a training run, whole and unharmed or not at all.
 
-    manifest → every file's hash → index → does each tensor fit? → fill → plain values → random states
+    manifest → every file's hash → index → does each tensor fit? → plain values → fill → random states
 
-Everything up to the filling only reads. A process needs the ranges that it holds now, whoever wrote them, so any
-division over processes can be read into any other.
+Everything up to the plain values only reads. What takes those may refuse them: then all processes put back what they
+had. Once the filling has begun nothing is refused, and only the disk can fail. A process needs the ranges that it holds
+now, whoever wrote them, so any division over processes can be read into any other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +82,8 @@ def load(
     Raises:
         DamagedCheckpointError: the files are not what was saved; it names the newest intact checkpoint before.
         CheckpointError: the checkpoint does not fit: other names, shapes, dtypes or groups, something is missing.
-            Nothing has been changed in either case.
+            Nothing has been changed in either case. Only where the disk fails while the tensors are being read, after
+            all files were found to be intact, is the run left half loaded; the error says so.
         TypeError: an argument of the wrong type.
     """
     run = Run(model, optimizer, ema, scheduler, scaler, sampler)
@@ -98,11 +103,24 @@ def load(
         problem = error
     together.everyones(None, problem)
     assert pending is not None
+    try:
+        pending.give()
+    except Exception as error:
+        problem = error
+    try:
+        together.everyones(None, problem)
+    except CheckpointError:
+        pending.take_back()
+        raise
     loaded = None
     try:
         loaded = pending.finish()
     except Exception as error:
-        problem = error
+        problem = CheckpointError(
+            f"{folder}: reading broke off ({type(error).__name__}: {error}), and the run is half loaded; load again "
+            "before it goes on"
+        )
+        problem.__cause__ = error
     together.everyones(None, problem)
     assert loaded is not None
     return loaded
@@ -147,15 +165,21 @@ def _intact(folder: Path) -> dict[str, Any]:
 
 
 def _with_intact(error: DamagedCheckpointError, folder: Path, damaged: str | None) -> DamagedCheckpointError:
-    """The error, with the newest checkpoint of `folder` before `damaged` that is intact."""
-    names = disk.names(folder) if folder.is_dir() else []
+    """The error, with the newest checkpoint of `folder` before `damaged` that is intact.
+
+    Raises nothing: other processes wait for this one to tell what is wrong.
+    """
+    try:
+        names = disk.names(folder) if folder.is_dir() else []
+    except OSError:
+        names = []
     earlier = names[: names.index(damaged)] if damaged in names else [n for n in names if n != damaged]
     intact = None
     for name in reversed(earlier):
         try:
             content = manifest.read(folder / name)
             manifest.check_files(folder / name, content, sorted(content["files"]))
-        except CheckpointError:
+        except Exception:  # whatever is wrong with it
             continue
         intact = name
         break
@@ -181,6 +205,7 @@ class _Pending:
         self._rng = "rng" not in leave
         self._values = {n: self._decoded(self._shared, n) for n in (*_ALWAYS, *self._items) if n != "optimizer"}
         self._random: Any = self._random_states() if self._rng else None
+        self._before: list[tuple[Callable[[Any], Any], Any]] = []
         self._pieces = module_pieces(run.model, "model")
         self._optimizer = None
         if run.ema is not None and "ema" in self._items:
@@ -224,7 +249,10 @@ class _Pending:
         needed = name if same else "rng/0"
         if needed not in self._own:
             raise CheckpointError(f"{needed}: the checkpoint does not hold the random states of that process")
-        return self._decoded(self._own, needed)
+        states = self._decoded(self._own, needed)
+        if same:
+            randomness.check(states)
+        return states
 
     def _check_pieces(self, pieces: Mapping[str, Piece], whole: tuple[str, ...]) -> None:
         """Each fits what was saved under its name; under the prefixes `whole` nothing else was saved."""
@@ -240,18 +268,34 @@ class _Pending:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise CheckpointError(f"{self._folder.name} does not fit: {'; '.join(wrong[:5])}{more}")
 
-    def finish(self) -> Loaded:
+    def give(self) -> None:
+        """The plain values, to what may refuse them; `take_back` undoes it."""
         run = self._run
-        for name in WITH_STATE_DICT:  # first, for they may refuse
+        for name in WITH_STATE_DICT:
             if name in self._items:
-                getattr(run, name).load_state_dict(self._values[name])
+                part = getattr(run, name)
+                # A sampler whose batches nobody counted knows no state; loading gives it one again.
+                with contextlib.suppress(RuntimeError):
+                    self._before.append((part.load_state_dict, copy.deepcopy(part.state_dict())))
+                part.load_state_dict(self._values[name])
         target = unwrap(run.model)
         for name, thing in attached(target).items():
             if name in self._items:
+                before = copy.deepcopy(dict(thing.state(target)))
+                self._before.append((partial(thing.load_state, target), before))
                 thing.load_state(target, self._values[name])
                 pieces = {f"{name}/{key}": piece for key, piece in thing.pieces(target).items()}
                 self._check_pieces(pieces, (name,))
                 self._pieces.update(pieces)
+
+    def take_back(self) -> None:
+        for load, before in reversed(self._before):
+            try:
+                load(before)
+            except Exception:  # noqa: PERF203  the others are put back all the same
+                logger.exception("%r does not take its own state back: build the run anew", load)
+
+    def finish(self) -> Loaded:
         for key, piece in self._pieces.items():
             self._shards.fill(key, piece)
         if self._optimizer is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opendit.checkpoint import disk, jsonfile
-from opendit.checkpoint.errors import DamagedCheckpointError
+from opendit.checkpoint.errors import DamagedCheckpointError, seen_as_damage
 
 NAME = "manifest.json"
 INDEX = "index.json"
@@ -28,7 +28,7 @@ _LIMIT = 64 << 20
 def file_record(path: Path) -> dict[str, Any]:
     """Size and hash of a file as it lies on the disk."""
     digest, size = hashlib.sha256(), 0
-    with jsonfile.open_plain(path) as file:
+    with jsonfile.open_plain(path) as file, seen_as_damage(path):
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)
@@ -46,7 +46,11 @@ def _digest(content: dict[str, Any]) -> str:
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `folder`, its own integrity and every file's name and size checked."""
-    path = folder / NAME
+    with seen_as_damage(folder / NAME):
+        return _read(folder, folder / NAME)
+
+
+def _read(folder: Path, path: Path) -> dict[str, Any]:
     with jsonfile.open_plain(path) as file:
         text = file.read(_LIMIT)
     found = jsonfile.parse(text, str(path))

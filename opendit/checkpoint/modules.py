@@ -99,7 +99,7 @@ class OptimizerLoad:
                     f"optimizer: the checkpoint has {len(saved['groups'])} groups, this optimizer {len(held)}; group "
                     f"{number} differs in {other}. Build it with the groups that it was saved with"
                 )
-        self._optimizer, self._saved, self._parameters = optimizer, saved, parameters
+        self._optimizer, self._parameters = optimizer, parameters
         self._tensors: dict[str, Tensor] = {}
         self.pieces: dict[str, Piece] = {}
         for name, (p, group) in parameters.items():
@@ -108,23 +108,25 @@ class OptimizerLoad:
         for key in _tensor_keys(saved["groups"]):
             record = _record(records, key)
             self._add(key, torch.empty(record["shape"], dtype=getattr(torch, record["dtype"])))
+        # Now, for it may fail; the tensors in it are filled later.
+        self._options = [decode(group["options"], self._tensors) for group in saved["groups"]]
+        self._states = {name: decode(saved["values"][name], self._tensors) for name in parameters}
 
     def _add(self, key: str, tensor: Tensor) -> None:
         self._tensors[key] = tensor
         self.pieces[key] = _piece(key, tensor)
 
     def finish(self) -> None:
-        for group, saved in zip(self._optimizer.param_groups, self._saved["groups"], strict=True):
-            for option, value in decode(saved["options"], self._tensors).items():
+        for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
+            for option, value in options.items():
                 now = group.get(option)
                 if isinstance(now, Tensor) and isinstance(value, Tensor):
                     now.copy_(value)  # a learning rate that a captured graph reads
                 elif option not in _HOW:
                     group[option] = value
         for name, (p, _) in self._parameters.items():
-            state = decode(self._saved["values"][name], self._tensors)
-            if state:
-                self._optimizer.state[p] = state
+            if self._states[name]:
+                self._optimizer.state[p] = self._states[name]
             else:
                 self._optimizer.state.pop(p, None)
 

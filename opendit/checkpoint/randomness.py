@@ -36,29 +36,44 @@ def states() -> dict[str, Any]:
     return found
 
 
-def restore(found: Mapping[str, Any]) -> None:
-    """Puts `states()` back. With another number of GPUs than then, the process's own gets that of its own."""
+def check(found: Mapping[str, Any]) -> None:
+    """Raises what `restore` would, and changes nothing."""
     python = found["python"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    torch.set_rng_state(found["torch"])
+    random.Random().setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    torch.Generator().set_state(found["torch"])
     if "numpy" in found:
         try:
             import numpy
         except ImportError as error:
             raise CheckpointError("rng: the checkpoint holds numpy's random state, and there is no numpy") from error
-        saved = found["numpy"]
-        numpy.random.set_state((saved["kind"], saved["words"].tolist(), saved["position"], *saved["gauss"]))
+        numpy.random.RandomState().set_state(_of_numpy(found["numpy"]))
+    if "cuda" in found and not torch.cuda.is_available():
+        raise CheckpointError(
+            "rng: the checkpoint holds the random states of GPUs, and there is none; pass leave=('rng',) to go on "
+            "with the present random states"
+        )
+
+
+def restore(found: Mapping[str, Any]) -> None:
+    """Puts `states()` back, once `check` let them pass. With another number of GPUs than then, the process's own gets
+    that of its own."""
+    python = found["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    torch.set_rng_state(found["torch"])
+    if "numpy" in found:
+        import numpy
+
+        numpy.random.set_state(_of_numpy(found["numpy"]))
     if "cuda" in found:
         saved = found["cuda"]
-        if not torch.cuda.is_available():
-            raise CheckpointError(
-                "rng: the checkpoint holds the random states of GPUs, and there is none; pass leave=('rng',) to go on "
-                "with the present random states"
-            )
         if len(saved["states"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["states"])
         else:
             torch.cuda.set_rng_state(saved["states"][saved["current"]])
+
+
+def _of_numpy(saved: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (saved["kind"], saved["words"].tolist(), saved["position"], *saved["gauss"])
 
 
 def derive(state: Tensor, dp_rank: int, dp_size: int) -> None:

@@ -85,8 +85,8 @@ def save(
         extra, config: plain values (and tensors) of your own, equal in all processes; `load` gives them back.
         keep: how many checkpoints to keep, this one included; `None`: all.
         background: return once everything has been copied, and write in a thread. Training may go on at once; what goes
-            wrong is raised by `wait()`, and by the next `save` or `load`. Call `wait()` before the process group is
-            destroyed.
+            wrong is raised by `wait()`, and by the next `save`, `load`, `save_weights` or `load_weights`, which wait
+            for it. Call `wait()` before the process group is destroyed.
 
     Random states of Python, numpy, torch and the GPUs are always saved, for each process.
 

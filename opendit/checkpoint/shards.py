@@ -35,8 +35,12 @@ _DTYPES = {
     "int16": "I16",
     "int8": "I8",
     "uint8": "U8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
 }
 _HEADER_LIMIT = 100_000_000  # the library's own
 
@@ -52,9 +56,29 @@ def library() -> Any:
     return safetensors
 
 
+def check_dtypes(values: Mapping[str, torch.dtype]) -> None:
+    """Raises `CheckpointError` naming those of `values` whose dtype could be written and never read."""
+    bad = [f"{key} is {dtype}" for key, dtype in values.items() if str(dtype).removeprefix("torch.") not in _DTYPES]
+    if bad:
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        raise CheckpointError(f"{', '.join(bad[:3])}{more}; allowed in a checkpoint: {', '.join(_DTYPES)}")
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+    """The library's, which says of a dtype that it can't write, as older ones can't all, no more than a KeyError."""
+    safetensors = library()
+    try:
+        safetensors.torch.save_file(tensors, path, **more)
+    except KeyError as error:
+        names = [name for name, value in tensors.items() if value.dtype in error.args][:3]
+        raise CheckpointError(
+            f"{', '.join(names)}: safetensors {safetensors.__version__} can't write {error}; allowed: the dtypes that "
+            "it knows. Cast it, or install a newer one"
+        ) from error
+
+
 def write(folder: Path, rank: int, ranges: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Writes one-dimensional `ranges` by name into files of this rank; {file: size, hash and the names in it}."""
-    save_file = library().torch.save_file
     written = {}
     for number, part in enumerate(_parts(ranges)):
         path = folder / f"shard-{rank:05d}-{number:05d}.safetensors"

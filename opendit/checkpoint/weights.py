@@ -23,7 +23,8 @@ from opendit.checkpoint import disk, jsonfile, published, together
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.inventory import check_finite
 from opendit.checkpoint.modules import module_pieces
-from opendit.checkpoint.shards import library, open_file
+from opendit.checkpoint.saving import wait
+from opendit.checkpoint.shards import open_file, save_file
 from opendit.wrapping import unwrap
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -33,6 +34,8 @@ _ALLOWED = "a .safetensors file, a .pt or .pth file, or a folder of diffusers wi
 
 def load_weights(path: str | os.PathLike[str], model: nn.Module, *, which: str | None = None) -> None:
     """Loads weights into `model`, in place; every process calls it. Values are cast to the model's dtypes.
+
+    A save in the background is waited for first, and what went wrong with it is raised.
 
     Args:
         path: a `.safetensors` file, a `.pt` of facebookresearch/DiT or Latte, or a folder of diffusers.
@@ -46,6 +49,7 @@ def load_weights(path: str | os.PathLike[str], model: nn.Module, *, which: str |
     if which not in (None, "model", "ema"):
         raise ValueError(f"which: got {which!r}; allowed: 'model', 'ema', or None")
     together.prepare()
+    wait()
     problem = None
     fits: list[tuple[Any, Callable[[], Tensor]]] = []
     try:
@@ -69,9 +73,11 @@ def save_weights(
 ) -> None:
     """Writes weights that open without opendit; every process calls it, rank 0 writes, at once or not at all.
 
+    A save in the background is waited for first, and what went wrong with it is raised.
+
     Args:
         path: a `.safetensors` file; a `.pt`, as facebookresearch/DiT and Latte write; or a folder, as diffusers writes
-            (for models of diffusers).
+            (for models of diffusers); weights that lie there already, in one file or several, are replaced.
         model: whose weights and names; a sharded one is gathered tensor by tensor.
         state: weights to write in place of the model's, full ones on rank 0, such as `opendit.ema_state_dict(model)`.
         ema: for `.pt`: what goes under `"ema"`, beside `"model"`; without it the file is one flat state dict.
@@ -82,16 +88,21 @@ def save_weights(
     """
     path = Path(path)
     kind = path.suffix if path.suffix in (".safetensors", ".pt", ".pth") else ""
-    if path.suffix and not kind and not path.is_dir():
+    # A dot in a folder's name, as of a version, is no kind of file; but nobody means a folder by these.
+    folder = path.is_dir() or (hasattr(unwrap(model), "to_json_string") and path.suffix not in (".bin", ".ckpt"))
+    if path.suffix and not kind and not folder:
         raise CheckpointError(f"path: got {path.name}; allowed: {_ALLOWED}")
     if ema is not None and kind not in (".pt", ".pth"):
         raise CheckpointError(f"ema: a {kind or 'folder'} holds one set of weights; pass state=..., and leave ema out")
     together.prepare()
-    weights = _full(model) if state is None else dict(state)
-    averages = _full(ema) if isinstance(ema, nn.Module) else None if ema is None else dict(ema)
+    wait()
+    weights = _full(model) if state is None else {}
+    averages = _full(ema) if isinstance(ema, nn.Module) else None
     problem = None
     try:
         if together.rank() == 0:
+            weights = _apart("state", state) if state is not None else weights
+            averages = _apart("ema", ema) if isinstance(ema, Mapping) else averages
             _write(path, kind, unwrap(model), weights, averages)
     except Exception as error:
         problem = error
@@ -101,10 +112,11 @@ def save_weights(
 def _write(
     path: Path, kind: str, model: nn.Module, weights: dict[str, Tensor], averages: dict[str, Tensor] | None
 ) -> None:
-    check_finite({f"model/{name}": value for name, value in weights.items()})
-    check_finite({f"ema/{name}": value for name, value in (averages or {}).items()})
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for kind_of, values in (("model", weights), ("ema", averages or {})):
+        check_finite({f"{kind_of}/{name}": value for name, value in values.items() if name not in buffers})
     if kind == ".safetensors":
-        _in_one_step(path, lambda to: library().torch.save_file(weights, to, metadata={"format": "pt"}))
+        _in_one_step(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
     elif kind:
         content = weights if averages is None else {"model": weights, "ema": averages}
         _in_one_step(path, lambda to: torch.save(content, to))
@@ -119,8 +131,20 @@ def _write(
         config["_class_name"] = next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("diffusers."))
         path.mkdir(parents=True, exist_ok=True)
         file = path / f"{_STEMS[0]}.safetensors"
-        _in_one_step(file, lambda to: library().torch.save_file(weights, to, metadata={"format": "pt"}))
+        _in_one_step(file, lambda to: save_file(weights, to, metadata={"format": "pt"}))
         disk.replace(path / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+        _remove_several(path)
+
+
+def _remove_several(folder: Path) -> None:
+    """What lay there as several files, which readers would take; the new file counts once their index is gone."""
+    index = folder / f"{_STEMS[0]}.safetensors.index.json"
+    if os.path.lexists(index):
+        index.unlink()
+        disk.flush(folder)
+    for entry in list(os.scandir(folder)):
+        if re.fullmatch(rf"{_STEMS[0]}-\d{{5}}-of-\d{{5}}\.safetensors", entry.name):
+            os.unlink(entry.path)
 
 
 def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:
@@ -135,6 +159,18 @@ def _in_one_step(path: Path, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _apart(argument: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that was given, on the CPU, nothing shared: tied weights are written under each name."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{argument}: got {type(value).__name__} for {name!r}; allowed: tensors")
+    return {name: _copy(value.detach()) for name, value in state.items()}
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _full(module: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on rank 0, on the CPU, nothing shared; other ranks help to gather it and get {}."""
     whole = {}
@@ -142,7 +178,7 @@ def _full(module: nn.Module) -> dict[str, Tensor]:
         value = value.detach()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if together.rank() == 0:
-            whole[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+            whole[name] = _copy(value)
     return whole
 
 

@@ -46,6 +46,7 @@ def prepare(folder: Path, run: Run, step: int, extra: Any, config: Any) -> Job:
     try:
         shards.library()
         state = collect(run, step, extra, config)
+        shards.check_dtypes({key: piece.values.dtype for key, piece in state.pieces.items()})
         hashes = {name: hashlib.sha256(jsonfile.text(v)).hexdigest() for name, v in state.shared.items()}
         told = (table(state.pieces), hashes, state.own)
     except Exception as error:
@@ -63,7 +64,7 @@ def prepare(folder: Path, run: Run, step: int, extra: Any, config: Any) -> Job:
         for key, (start, stop) in divide(tables, together.rank(), state.buffers).items():
             piece = state.pieces[key]
             values[key], starts[key] = piece.values[start - piece.start : stop - piece.start], start
-        check_finite(values)
+        check_finite({key: value for key, value in values.items() if key not in state.buffers})
         sums = checksums(state.pieces, tables, together.rank())
     except Exception as error:
         problem = error

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -33,6 +34,7 @@ from opendit import optim
 from opendit.config import OptimizerFactory
 from opendit.divided import Divided
 from opendit.divided_optimizer import DividedOptimizer, Share
+from opendit.engines.ddp import check_reduction
 from opendit.engines.engine import Placed, Setup
 
 logger = logging.getLogger("opendit")
@@ -238,12 +240,19 @@ class Plugin:
             )
         colossalai()
 
+    def stepped(self, placed: nn.Module) -> None:
+        pass
+
     def no_sync(self, placed: nn.Module) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 
 class DDP(Plugin):
     plugin = "ddp"
+
+    def check(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> None:
+        check_reduction(setup)
+        super().check(model, optimizer, setup)
 
     def promises(self, setup: Setup) -> list[str]:
         return [
@@ -309,7 +318,8 @@ class ZeRO(Plugin):
         booster = colossalai().booster.Booster(plugin=plugin)
         alike(model)
         _, boosted, *_ = booster.boost(model, inner)
-        _gradients[model] = gradients = _ZeroGradients(booster, boosted, groups, self.stage)
+        gradients = _ZeroGradients(booster, boosted, groups, self.stage)
+        _gradients[model] = weakref.ref(gradients)
         wrapper = DividedOptimizer.around(inner, gradients)
         # The model itself: ColossalAI's wrapper around it casts inputs, which nobody asked for, and nothing else.
         return Placed(model, wrapper, lines(self.promises(setup)))
@@ -317,13 +327,17 @@ class ZeRO(Plugin):
     def no_sync(self, placed: nn.Module) -> AbstractContextManager[None]:
         if self.stage == 2:
             return contextlib.nullcontext()  # whole gradients are nowhere kept, by promise
-        return cast("AbstractContextManager[None]", _gradients[placed].boosted.no_sync())
+        gradients = _gradients[placed]()
+        if gradients is None:
+            raise ValueError("optimizer: the wrapper that accelerate returned is gone; keep it, and step with it")
+        return cast("AbstractContextManager[None]", gradients.boosted.no_sync())
 
     def undo(self, placed: nn.Module) -> nn.Module:
         raise stays(self.plugin)
 
 
-_gradients: WeakKeyDictionary[nn.Module, _ZeroGradients] = WeakKeyDictionary()
+# The wrapper has them, and they have the parameters.
+_gradients: WeakKeyDictionary[nn.Module, weakref.ref[_ZeroGradients]] = WeakKeyDictionary()
 
 
 def stays(plugin: str) -> ValueError:
@@ -347,14 +361,19 @@ def alike(model: nn.Module) -> None:
 
 def trained_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
     """The parameters of its groups; frozen ones are taken out, ColossalAI would convert or step them."""
-    for index, group in enumerate(optimizer.param_groups):
+    _check_groups(optimizer)
+    for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-        if not group["params"]:
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        if not any(p.requires_grad for p in group["params"]):
             raise ValueError(
                 f"optimizer: its group {index} holds no parameter that needs gradients; allowed with ColossalAI: "
                 "groups with some. Leave the group out"
             )
-    return [list(group["params"]) for group in optimizer.param_groups]
 
 
 def check_optimizer(plugin: str, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None) -> None:
@@ -366,6 +385,7 @@ def check_optimizer(plugin: str, model: nn.Module, optimizer: Optimizer | Optimi
     if not isinstance(optimizer, Optimizer):
         return
     _check_kind(plugin, optimizer)
+    _check_groups(optimizer)
     optim.check_divisible(optimizer, model)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     left = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]

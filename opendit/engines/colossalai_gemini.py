@@ -157,6 +157,10 @@ def _even(chunks: Iterable[Any]) -> None:
             chunk.grad_chunk.payload.div_(chunk.pg_size)
 
 
+# Parameters, frozen ones too, below which ColossalAI's chunks stay whole: its default.
+_WHOLE_BELOW = 32 * 2**20
+
+
 class Gemini(Plugin):
     plugin = "gemini"
     moves_parameters = "Gemini gathers parameters into chunks that it frees"
@@ -165,6 +169,13 @@ class Gemini(Plugin):
         super().check(model, optimizer, setup)
         check_optimizer(self.plugin, model, optimizer)
         check_parameters(self.plugin, model, (torch.float32, torch.bfloat16))
+        size = sum(p.numel() for p in model.parameters())
+        if setup.device.type == "cpu" and size >= _WHOLE_BELOW:
+            raise ValueError(
+                f"plugin: got 'gemini' for a model of {size} parameters on cpu; allowed with ColossalAI there: below "
+                f"{_WHOLE_BELOW}, for it divides larger ones on GPUs only. Move the model to a GPU, or choose "
+                "plugin='zero2' or engine='torch'"
+            )
         if setup.precision != "bf16" and any(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad):
             raise ValueError(
                 f"precision: got {setup.precision!r} with ColossalAI's 'gemini', which computes with bf16 parameters "

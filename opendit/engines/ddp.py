@@ -30,6 +30,7 @@ class DDP:
             raise ValueError(
                 "plugin: got 'ddp' for a model without trainable parameters; leave plugin out for sampling"
             )
+        check_reduction(setup)
 
     def promises(self, setup: Setup) -> list[str]:
         return [
@@ -55,11 +56,23 @@ class DDP:
         lines = (f"over {dist.get_world_size()} processes, {dist.get_backend()}", *self.promises(setup))
         return Placed(wrapper, optimizer, lines)
 
+    def stepped(self, placed: nn.Module) -> None:
+        pass
+
     def no_sync(self, placed: nn.Module) -> AbstractContextManager[None]:
         return cast("AbstractContextManager[None]", cast(DistributedDataParallel, placed).no_sync())
 
     def undo(self, placed: nn.Module) -> nn.Module:
         return cast(nn.Module, cast(DistributedDataParallel, placed).module)
+
+
+def check_reduction(setup: Setup) -> None:
+    """DDP's bf16 hook divides on the way, which gloo can't."""
+    if setup.reduction == "bf16" and setup.device.type == "cpu":
+        raise ValueError(
+            "reduction: got 'bf16' with plugin='ddp' for a model on cpu; allowed: on GPUs. Leave reduction out, or "
+            "choose plugin='zero2'"
+        )
 
 
 ENGINES = (DDP(),)

@@ -74,6 +74,9 @@ class Engine(Protocol):
     def place(self, model: nn.Module, optimizer: Optimizer | OptimizerFactory | None, setup: Setup) -> Placed:
         """Puts the model there; a process group is set up. The optimizer: `opendit.optim` re-binds or builds it."""
 
+    def stepped(self, placed: nn.Module) -> None:
+        """Called after each step of the optimizer, whether `place` was given it or it came later."""
+
     def no_sync(self, placed: nn.Module) -> AbstractContextManager[None]:
         """A context in which backward adds gradients up with less communication; see `opendit.no_sync`."""
 

@@ -102,8 +102,6 @@ class FSDP:
             optim.rebind(optimizer, before, dict(model.named_parameters()))
         elif optimizer is not None:
             optimizer = optim.build(optimizer, model)
-        if optimizer is not None:
-            optimizer.register_step_post_hook(lambda *_: _free(model))  # what is gathered is of the old parameters
         divided = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ignored)
         lines = [said, *self.promises(setup)]
         lines.append(f"{divided} parameters are divided, {sum(p.numel() for p in ignored)} whole")
@@ -123,6 +121,9 @@ class FSDP:
         finally:
             switch(True)
             fsdp.set_reshard_after_backward(True)
+
+    def stepped(self, placed: nn.Module) -> None:
+        _free(placed)  # what is gathered is of the old parameters
 
     def no_sync(self, placed: nn.Module) -> AbstractContextManager[None]:
         return self._adding_up(placed)

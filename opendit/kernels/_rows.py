@@ -67,8 +67,8 @@ class Tile:
     stages: int
 
 
-def forward_tile(*streams: Tensor) -> Tile:
-    """The forward kernels' launch for the [B, L, D] tensors that they read.
+def forward_tile(*streams: Tensor, quantize: bool = False) -> Tile:
+    """The forward kernels' launch for the [B, L, D] tensors that they read; `quantize`: they write rows in 8 bits.
 
     Nothing is kept between rows, so programs are short and many.
     """
@@ -77,7 +77,8 @@ def forward_tile(*streams: Tensor) -> Tile:
     # Half the backward's warps: with one, a row's two reductions need no trip through shared memory.
     few = max(warps(streams[0].shape[-1]) // 2, 1)
     if len(streams) == 1:
-        return Tile(rows=2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
+        # Two rows whose largest values are found besides take all registers of a lane.
+        return Tile(rows=1 if quantize else 2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
     return Tile(rows=1, walk=4, most=1 << 20, warps=few, stages=stages(streams))
 
 

@@ -31,7 +31,7 @@ from opendit.kernels._rows import (
     triton,
 )
 from opendit.kernels.backend import INTERPRETING
-from opendit.kernels.gelu import _share
+from opendit.kernels.gelu import _share, _slope
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -113,15 +113,6 @@ def _gelu_rows(
         store_quantized(q_ptr, scale_ptr, row, live, h * _share(h, TANH), t * _share(t, TANH), D, HEAD, TAIL)
 
 
-@triton.jit
-def _slope(x, s, TANH: tl.constexpr):
-    """GELU'(x), where s is `_share` of x."""
-    if TANH:
-        return s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    else:
-        return s + x * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
-
-
 @triton.jit(do_not_specialize=["M", "walk"])
 def _gelu_backward_rows(
     dg_ptr,
@@ -163,15 +154,15 @@ def _gelu_backward_rows(
 
 
 def _warps(width: int) -> int:
-    """About 16 elements a lane and array: the GELU's backward holds seven rows at once."""
-    return min(max(1 << max((width - 1).bit_length() - 9, 0), 1), 16)
+    """Warps for a row: up to 18 elements a lane and array, so that two programs fit beside each other at 4608."""
+    return min(max(1 << max((width - 1).bit_length() - 10, 0), 1), 8)
 
 
 def _launch(width: int, rows: int, *, sums: bool) -> tuple[dict[str, int], int]:
     """(a launch's options, rows that a program walks): few and long programs where each leaves sums behind."""
     HEAD, TAIL = split(width)
     most = (2 if INTERPRETING else 1024) if sums else -(-rows // 4)
-    options = {"D": width, "HEAD": HEAD, "TAIL": TAIL, "ROWS": 16 if INTERPRETING else 1, "STAGES": 1 if sums else 2}
+    options = {"D": width, "HEAD": HEAD, "TAIL": TAIL, "ROWS": 16 if INTERPRETING else 1, "STAGES": 2}
     return {**options, "num_warps": _warps(width)}, max(-(-rows // max(most, 1)), 64 if INTERPRETING else 1)
 
 
@@ -201,7 +192,7 @@ def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     R, C = x.shape
     q, scale = _empty(x, C, R)
     if x.numel():
-        columns = 64 if INTERPRETING else 32
+        columns = 64 if INTERPRETING else 8  # enough programs for a weight of 1152 columns, still whole sectors
         direct(_quantize_columns)[(-(-C // columns),)](
             x, q, scale, R, C, x.stride(0), ROWS=128, COLUMNS=columns, num_warps=4
         )
@@ -246,13 +237,16 @@ def gelu_backward_rows(
 Quantized = tuple[Tensor, Tensor]
 
 
-def scaled_product(a: Quantized, b: Quantized, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """Σ_k a_ik·b_jk [M, N] in `dtype`, a [M, K] and b [N, K] by rows, + bias [N] in `dtype`; accumulated in float32.
+def scaled_product(
+    a: Quantized, b: Quantized, dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool = False
+) -> Tensor:
+    """Σ_k a_ik·b_jk [M, N] in `dtype`, a [M, K] and b [N, K] by rows, + bias [N] in `dtype`.
 
-    torch's own product of scaled rows; the inner sizes are multiples of 16.
+    torch's own product of scaled rows; the inner sizes are multiples of 16. fast: accumulated with the tensor cores'
+    own precision, which on Hopper is below float32's, as is usual for outputs; gradients are accumulated in float32.
     """
     return torch._scaled_mm(
-        a[0], b[0].t(), scale_a=a[1], scale_b=b[1].t(), bias=bias, out_dtype=dtype, use_fast_accum=True
+        a[0], b[0].t(), scale_a=a[1], scale_b=b[1].t(), bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
 
 

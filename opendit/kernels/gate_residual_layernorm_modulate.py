@@ -307,7 +307,7 @@ def launch_forward(
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
     weight, bias = dense(weight), dense(bias)
     B, L, D = x.shape
-    tile = tile or forward_tile(x, y)
+    tile = tile or forward_tile(x, y, quantize=scale8 is not None)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_fused_fwd)[(B * P,)](

@@ -59,6 +59,15 @@ def _share(x, TANH: tl.constexpr):
 
 
 @triton.jit
+def _slope(x, s, TANH: tl.constexpr):
+    """GELU'(x), where s is `_share` of x."""
+    if TANH:
+        return s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    else:
+        return s + x * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
+
+
+@triton.jit
 def _gelu_fwd(x_ptr, h_ptr, elements, BLOCK: tl.constexpr, TANH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # offsets pass 2**31 elements
     live = at < elements
@@ -95,11 +104,7 @@ def _gelu_bwd(
         dh = tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
         s = _share(x, TANH)
-        if TANH:
-            slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-        else:
-            slope = s + x * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
-        dx = dh * slope
+        dx = dh * _slope(x, s, TANH)
         tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=live)
         if WANT_H:
             tl.store(h_ptr + at, downcast(x * s, h_ptr.dtype.element_ty), mask=live)

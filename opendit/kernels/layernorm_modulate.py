@@ -265,7 +265,7 @@ def launch_forward(
     x = dense_rows(x)
     shift, scale, weight, bias = map(dense, (shift, scale, weight, bias))
     B, L, D = x.shape
-    tile = tile or forward_tile(x)
+    tile = tile or forward_tile(x, quantize=scale8 is not None)
     P, walk = programs(B, L, tile)
     HEAD, TAIL = split(D)
     wrap(_layernorm_modulate_fwd)[(B * P,)](

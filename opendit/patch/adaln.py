@@ -8,6 +8,7 @@ Shapes: x [B, L, D], shift, scale, gate [B, D]. B batch, L tokens, D hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -158,7 +159,8 @@ class FusedAdaLN(Patched):
         if reason is not None:
             return self._not_whole(reason)
         B, L, D = x.shape
-        shape = (B, L, attn_parts.heads, D // attn_parts.heads)
+        inner = attn_parts.proj.in_features
+        shape = (B, L, attn_parts.heads, inner // attn_parts.heads)
         backend = choose_backend(attn_parts.backend, x.device, dtype, shape)
         refusal = two_pass.refuses(backend, x.device, dtype, shape, torch.is_grad_enabled())
         if refusal is not None:
@@ -182,7 +184,7 @@ class FusedAdaLN(Patched):
             keep=self._opendit_keep,
             dtype=dtype,
             counts=tuple(len(group) for group in groups),
-            fp8=self._opendit_fp8 and self._in_fp8(x, dtype, D, mlp_parts.fc1.weight.shape[0]),
+            fp8=self._opendit_fp8 and self._in_fp8(x, dtype, D, 3 * inner, mlp_parts.fc1.out_features),
         )
         return adaln_block(x, c, groups, static, self._opendit_graphs)
 
@@ -209,11 +211,12 @@ class FusedAdaLN(Patched):
         if dtype != torch.bfloat16:
             reason = f"they give bf16, and the block computes in {dtype}"
         if reason is not None:
-            self._note(f"no products in 8 bits: {reason}")
+            self._note(f"no products in 8 bits: {reason}", logging.WARNING)
         return reason is None
 
     def _not_whole(self, reason: str) -> Tensor | None:
-        self._note(f"fused in parts, not as a whole: {reason}")
+        # Speed apart, nothing is lost by it; but of 8 bits nothing is left.
+        self._note(f"fused in parts, not as a whole: {reason}", logging.WARNING if self._opendit_fp8 else logging.INFO)
         return None
 
     def _sublayer_dtype(self, x: Tensor) -> torch.dtype | None:

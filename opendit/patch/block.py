@@ -219,7 +219,7 @@ class _Forward:
 
         def product(h: Tensor, w: Tensor, bias: Tensor | None, scale8: Tensor | None = None) -> Tensor:
             if scale8 is not None:
-                return fp8.scaled_product((h, scale8), run.quantize(w), dtype, bias)
+                return fp8.scaled_product((h, scale8), run.quantize(w), dtype, bias, fast=True)
             return _linear(h, w.t(), bias)
 
         self.modulation = _linear(F.silu(c).to(dtype), ada_w.t(), ada_b)

@@ -95,7 +95,8 @@ _registered: dict[str, Family] = {}
 
 
 @functools.cache
-def _builtin() -> dict[str, Family]:
+def builtin() -> dict[str, Family]:
+    """The families of opendit itself by name."""
     package = importlib.import_module("opendit.patch.families")
     found: dict[str, Family] = {}
     for info in pkgutil.iter_modules(package.__path__):
@@ -107,7 +108,7 @@ def _builtin() -> dict[str, Family]:
 
 def families() -> dict[str, Family]:
     """Every known family by name."""
-    return {**_builtin(), **_registered}
+    return {**builtin(), **_registered}
 
 
 def _nothing(model: Any, planner: Planner) -> None: ...

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ def cases(world: int) -> dict[str, Any]:
         "full disk": _full_disk,
         "different": _different,
         "damaged": _damaged,
+        "damaged before": _damaged_before,
+        "refused late": _refused_late,
         "weights": _weights,
+        "weights meanwhile": _weights_meanwhile,
     }
 
 
@@ -142,6 +147,38 @@ def _damaged():
     return caught.value.intact
 
 
+def _damaged_before():
+    """The one process that looks for an intact checkpoint meets others that are worse; nobody is left waiting."""
+    folder, model = _folder(), torch.nn.Linear(2, 2)
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
+    for step in (1, 2, 3, 4):
+        opendit.save(folder, model, step=step)
+    if dist.get_rank() == 0:
+        two, three, four = (folder / name for name in disk.names(folder)[1:])
+        manifest = (two / "manifest.json").read_text()
+        (two / "manifest.json").write_text(re.sub(r'"size": \d+', '"size": 1e999', manifest, count=1))
+        (three / "manifest.json").write_bytes(b"[" * 100_000)
+        (four / "index.json").write_bytes(bytes((four / "index.json").stat().st_size))
+    dist.barrier()
+    with pytest.raises(opendit.DamagedCheckpointError, match=r"index\.json: is damaged") as caught:
+        opendit.load(folder, model)
+    return caught.value.intact
+
+
+def _refused_late():
+    """One process's rule does not fit; the other, whose parts have taken their values, puts them back as well."""
+    folder, trainer = _folder(), _trainer(0)
+    trainer.train(2)
+    trainer.save(folder)
+    trainer.train(3)
+    if dist.get_rank() == 1:
+        trainer.rule.sums.pop("final_layer.linear.bias")
+    before = trainer.facts()
+    _fails("rank 1: .* the rule has nothing of that name", lambda: trainer.load(folder))
+    return differences(trainer.facts(), before)
+
+
 def _weights():
     """A sharded model's weights, gathered, in one file; and read back into shards."""
     from torch.distributed.fsdp import fully_shard
@@ -165,4 +202,28 @@ def _weights():
     with torch.no_grad():
         next(sharded.parameters()).to_local().fill_(float("nan"))
     _fails("not finite", lambda: opendit.save_weights(folder / "b.safetensors", sharded))
+    return sorted(p.name for p in folder.iterdir())
+
+
+def _weights_meanwhile():
+    """Weights saved and loaded while a save in the background talks over the same group."""
+    folder, trainer, rank = _folder(), _trainer(0), dist.get_rank()
+    for p in trainer.model.parameters():
+        dist.broadcast(p.data, 0)
+    write = shards.write
+
+    def slowly(*args):
+        time.sleep(0.3 if rank == 0 else 0.0)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write", slowly)
+        for step in (1, 2):
+            saving = opendit.save(folder, trainer.model, step=step, background=True)
+            if step == 1:
+                opendit.save_weights(folder / "a.safetensors", trainer.model)
+            else:
+                opendit.load_weights(folder / "a.safetensors", trainer.model)
+            assert not saving._thread.is_alive()
+            saving.wait()
     return sorted(p.name for p in folder.iterdir())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
+import unittest.mock
 
 import pytest
 import safetensors.torch
@@ -169,6 +171,31 @@ def test_all_damaged(saved, reader, tmp_path):
     _refused(reader, folder, "step-00000003", None)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_the_disk_fails_to_read(saved, reader, monkeypatch, name):
+    opened = jsonfile.open_plain
+
+    def failing(path):
+        file = opened(path)
+        if path == saved / "step-00000003" / name:
+            file = unittest.mock.Mock(wraps=file, __enter__=lambda self: self, __exit__=lambda self, *error: None)
+            file.read.side_effect = OSError(5, "Input/output error")
+        return file
+
+    monkeypatch.setattr(jsonfile, "open_plain", failing)
+    _refused(reader, saved, f"{name}: can't be read (OSError: [Errno 5] Input/output error)", "step-00000002")
+
+
+@pytest.mark.parametrize("size", ["1e999", "-1e999", "NaN", "1" * 5000])
+def test_a_size_that_is_no_number(saved, reader, tmp_path, size):
+    folder = tmp_path / "a"
+    shutil.copytree(saved, folder)
+    for step in ("2", "3"):
+        path = folder / f"step-0000000{step}" / "manifest.json"
+        path.write_text(re.sub(r'"size": \d+', f'"size": {size}', path.read_text(), count=1))
+    _refused(reader, folder, "manifest.json: is no JSON", "step-00000001")
+
+
 def test_each_file_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     """The order in which a crash of the machine can cut things off: files, folder, rename, parent, latest, parent."""
     events = []
@@ -304,6 +331,29 @@ def test_keep(tmp_path):
     (tmp_path / "notes.tmp-0123456789abcdef").mkdir()
     opendit.save(tmp_path, model, step=12, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.tmp-0123456789abcdef", "step-00000012"]
+
+
+@pytest.mark.parametrize("what", ["rename", "rmtree"])
+@pytest.mark.parametrize("background", [False, True])
+def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog, what, background):
+    model = torch.nn.Linear(2, 2)
+    opendit.save(tmp_path, model, step=1)
+    owner = disk.os if what == "rename" else disk.shutil
+    real = getattr(owner, what)
+
+    def failing(path, *rest):
+        if ".tmp-" in str((path, *rest)[-1]):  # what is doomed, by either
+            raise OSError(39, "Directory not empty")
+        return real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, what, failing)
+        for step in (2, 3):
+            assert opendit.save(tmp_path, model, step=step, keep=1, background=background).wait().exists()
+            assert opendit.latest_checkpoint(tmp_path) == tmp_path / f"step-0000000{step}"
+    assert "can't be removed ([Errno 39] Directory not empty)" in caplog.text
+    opendit.save(tmp_path, model, step=4, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004"]
 
 
 def test_large_states_go_into_several_files(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 import opendit
 from opendit.attached import attached
-from opendit.checkpoint import disk, inventory, jsonfile, manifest, modules, randomness
+from opendit.checkpoint import disk, inventory, jsonfile, manifest, modules, randomness, shards
 from tests.checkpoint.running import Trainer, differences
 
 
@@ -195,6 +195,105 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     assert differences(seeded.facts(), before) == []
 
 
+def _refuses_once(part):
+    real, refused = part.load_state_dict, []
+
+    def load_state_dict(state):
+        real(state)  # something may have changed before it refuses
+        if not refused:
+            refused.append(state)
+            raise ValueError("refused")
+
+    part.load_state_dict = load_state_dict
+
+
+@pytest.mark.parametrize("refusing", ["sampler", "scheduler", "scaler", "rule"])
+def test_what_is_refused_late_is_put_back(tmp_path, refusing):
+    trainer = Trainer(0)
+    trainer.train(3)
+    trainer.scaler.update(512.0)
+    trainer.save(tmp_path)
+    other = Trainer(1)
+    other.train(1)
+    match = "refused"
+    if refusing == "rule":
+        other.rule.sums.pop("final_layer.linear.bias")  # seen after the rule took its numbers
+        match = "the rule has nothing of that name"
+    else:
+        _refuses_once(getattr(other, refusing))
+    before = other.facts()
+    with pytest.raises(opendit.CheckpointError, match=match):
+        other.load(tmp_path)
+    assert differences(other.facts(), before) == []
+
+
+def test_other_averages_are_refused_and_change_nothing(tmp_path):
+    def built(decay):
+        config = opendit.BoosterConfig(ema=decay)
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = opendit.accelerate(model, optimizer=optimizer, family="generic", booster_cfg=config)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    model, optimizer, scheduler = built(0.9)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    sampler = opendit.ResumableSampler(8, batch_size=2, seed=0)
+    sampler.position = 4
+    opendit.save(tmp_path, model, optimizer, step=1, scheduler=scheduler, sampler=sampler)
+    model, optimizer, scheduler = built(0.99)
+    sampler = opendit.ResumableSampler(8, batch_size=2, seed=0)
+    before = (str(scheduler.state_dict()), sampler.state_dict(), str(model.state_dict()), str(optimizer.state_dict()))
+    with pytest.raises(opendit.CheckpointError, match=r"ema: got averages 0\.9; allowed: the model's, 0\.99"):
+        opendit.load(tmp_path, model, optimizer, scheduler=scheduler, sampler=sampler)
+    now = (str(scheduler.state_dict()), sampler.state_dict(), str(model.state_dict()), str(optimizer.state_dict()))
+    assert now == before
+
+
+def test_a_sampler_that_lost_count_is_loaded_all_the_same(tmp_path):
+    model, sampler = torch.nn.Linear(2, 2), opendit.ResumableSampler(8, batch_size=2, seed=0)
+    opendit.save(tmp_path, model, step=0, sampler=sampler)
+    next(iter(sampler))
+    with pytest.raises(RuntimeError, match="nobody counted"):
+        sampler.state_dict()
+    opendit.load(tmp_path, model, sampler=sampler)
+    assert sampler.state_dict()["position"] == 0
+
+
+def test_random_states_of_gpus_are_refused_without_one_and_change_nothing(tmp_path, monkeypatch):
+    trainer = Trainer(0)
+    trainer.train(2)
+    gpus = {"cuda": {"states": [torch.zeros(16, dtype=torch.uint8)], "current": 0}}
+    with monkeypatch.context() as patch:
+        patch.setattr(randomness, "states", lambda: {**states(), **gpus})
+        trainer.save(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    other = Trainer(1)
+    other.train(1)
+    before = other.facts()
+    with pytest.raises(opendit.CheckpointError, match=r"rng: .*pass leave=\('rng',\)"):
+        other.load(tmp_path)
+    assert differences(other.facts(), before) == []
+    assert other.load(tmp_path, leave=("rng",)).step == 2
+
+
+def test_a_disk_that_fails_while_tensors_are_read_is_told_as_what_it_is(tmp_path, monkeypatch):
+    trainer = Trainer(0)
+    trainer.train(1)
+    trainer.save(tmp_path)
+
+    def failing(self, key, piece):
+        if key.startswith("model/"):
+            raise OSError(5, "Input/output error")
+        fill(self, key, piece)
+
+    fill = shards.Shards.fill
+    monkeypatch.setattr(shards.Shards, "fill", failing)
+    with pytest.raises(opendit.CheckpointError, match=r"OSError: .*Input/output.* half loaded; load again"):
+        trainer.load(tmp_path)
+
+
 def test_optimizers_state_of_any_shape(tmp_path):
     """Factored moments, counters on either side, a learning rate in a tensor, lists, half precision."""
     model = torch.nn.Linear(6, 4).half()
@@ -303,6 +402,34 @@ def test_odd_tensors(tmp_path):
         opendit.save(tmp_path, model, step=1)
 
 
+@pytest.mark.parametrize("dtype", [name for name in shards._DTYPES if name not in ("complex64", "bool")])
+def test_every_dtype_that_is_allowed_comes_back(tmp_path, dtype):
+    model = torch.nn.Module()
+    model.register_buffer("values", torch.tensor([1.0, 2.0, 4.0]).to(getattr(torch, dtype)))
+    opendit.save(tmp_path, model, step=0, extra=model.values.clone())
+    model.values.view(torch.uint8).fill_(1)
+    found = opendit.load(tmp_path, model).extra
+    for value in (model.values, found):
+        assert value.dtype == getattr(torch, dtype)
+        assert value.double().tolist() == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
+def test_a_dtype_that_could_not_be_read_is_not_written(tmp_path, dtype):
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("odd", torch.zeros(3).to(dtype))
+    with pytest.raises(opendit.CheckpointError, match=rf"model/odd is {dtype}; allowed in a checkpoint: float64, "):
+        opendit.save(tmp_path, model, step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_8_bits_are_looked_at(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.low = torch.nn.Parameter(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(opendit.CheckpointError, match="model/low: holds numbers that are not finite"):
+        opendit.save(tmp_path, model, step=0)
+
+
 @pytest.mark.parametrize("where", ["model", "moment", "ema"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_saved(tmp_path, where, value):
@@ -322,6 +449,19 @@ def test_what_is_not_finite_is_never_saved(tmp_path, where, value):
             trainer.save(tmp_path, background=background)
     assert disk.names(tmp_path) == ["step-00000002"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_buffers_need_not_be_finite(tmp_path):
+    def built(value):
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("mask", torch.full((2, 2), value))
+        return model
+
+    for ema in (None, built(-float("inf"))):
+        opendit.save(tmp_path, built(-float("inf")), step=0, ema=ema)
+        model, averages = built(0.0), ema and built(0.0)
+        opendit.load(tmp_path, model, ema=averages)
+        assert all(m.mask.isneginf().all() for m in (model, averages or model))
 
 
 def test_arguments(tmp_path):

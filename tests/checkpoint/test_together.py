@@ -31,5 +31,18 @@ def test_damage_is_told_to_all():
     assert of_every_rank(_MODULE, 2, "damaged") == ["step-00000001"] * 2
 
 
+def test_what_is_wrong_with_earlier_ones_leaves_nobody_waiting():
+    assert of_every_rank(_MODULE, 2, "damaged before") == ["step-00000001"] * 2
+
+
+def test_what_one_refuses_late_changes_nothing_in_any():
+    assert of_every_rank(_MODULE, 2, "refused late") == [[], []]
+
+
 def test_weights_of_a_sharded_model():
     assert of_every_rank(_MODULE, 2, "weights") == [["a.pt", "a.safetensors"]] * 2
+
+
+def test_weights_wait_for_a_save_in_the_background():
+    files = ["a.safetensors", "latest", "step-00000001", "step-00000002"]
+    assert of_every_rank(_MODULE, 2, "weights meanwhile") == [files] * 2

@@ -134,6 +134,32 @@ def test_diffusers_folders(tmp_path, diffusers_model):
         opendit.load_weights(tmp_path / "pipeline", model)
 
 
+def test_a_folder_that_held_several_files_is_replaced(tmp_path, diffusers_model):
+    from diffusers import DiTTransformer2DModel
+
+    folder = tmp_path / "a"
+    randomise(diffusers_model.build(), 1).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "notes-00001-of-00002.safetensors").touch()
+    new = randomise(diffusers_model.build(), 2)
+    opendit.save_weights(folder, new)
+    kept = ["config.json", "diffusion_pytorch_model.safetensors", "notes-00001-of-00002.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == kept
+    model = randomise(diffusers_model.build(), 3)
+    opendit.load_weights(folder, model)
+    assert _alike(model, new)
+    assert _alike(DiTTransformer2DModel.from_pretrained(folder), new)
+
+
+def test_a_folder_with_a_dot_in_its_name(tmp_path, diffusers_model):
+    model, other = randomise(diffusers_model.build(), 1), randomise(diffusers_model.build(), 2)
+    opendit.save_weights(tmp_path / "dit-v1.5", opendit.accelerate(model))
+    opendit.load_weights(tmp_path / "dit-v1.5", other)
+    assert _alike(model, other)
+    with pytest.raises(opendit.CheckpointError, match=r"allowed: a \.safetensors file"):
+        opendit.save_weights(tmp_path / "a.bin", model)
+    assert [p.name for p in tmp_path.iterdir()] == ["dit-v1.5"]
+
+
 def test_another_class_of_diffusers(tmp_path, diffusers_model):
     model = randomise(diffusers_model.build(), 1)
     opendit.save_weights(tmp_path / "a", model)
@@ -167,6 +193,43 @@ def test_refusals_of_saving(tmp_path):
     for name in ("a.safetensors", "a.pt"):
         with pytest.raises(opendit.CheckpointError, match="pos_embed: holds numbers that are not finite"):
             opendit.save_weights(tmp_path / name, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_buffers_need_not_be_finite(tmp_path):
+    model = _dit(1)
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")))
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        opendit.save_weights(path, model, ema=model if path.suffix == ".pt" else None)
+        opendit.load_weights(path, model)
+
+
+def test_a_state_dict_of_tied_and_transposed_weights(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(4, 4)
+            self.b = self.a
+            self.c = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            self.d = torch.nn.Parameter(torch.randn(4, 3).t())
+
+    model, other = Odd(), Odd()
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        more = {"ema": model.state_dict()} if path.suffix == ".pt" else {}
+        opendit.save_weights(path, model, state=model.state_dict(), **more)
+        content = load_file(path) if not more else torch.load(path, weights_only=True)["ema"]
+        other.load_state_dict(content)
+        assert _alike(model, other)
+        other = Odd()
+    with pytest.raises(opendit.CheckpointError, match="state: got int for 'a'; allowed: tensors"):
+        opendit.save_weights(tmp_path / "a.safetensors", model, state={"a": 1})
+
+
+def test_a_dtype_that_safetensors_has_no_name_for(tmp_path):
+    model = _dit(1)
+    model.register_buffer("odd", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(opendit.CheckpointError, match=r"odd: safetensors .* can't write torch\.complex128"):
+        opendit.save_weights(tmp_path / "a.safetensors", model)
     assert list(tmp_path.iterdir()) == []
 
 

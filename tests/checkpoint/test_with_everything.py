@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import opendit
 from opendit.stepping import stepper_of
@@ -143,3 +144,14 @@ def test_averages_that_stand_in_are_not_saved_as_the_model(tmp_path: Path) -> No
         with pytest.raises((ValueError, opendit.CheckpointError), match=r"an EMA.s just now"):
             opendit.load(tmp_path, run.model, run.optimizer)
     assert opendit.latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_colossalais_gemini_is_refused(tmp_path: Path) -> None:
+    class GeminiDDP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = UserDiT(size=4, dim=16, heads=2, depth=2)
+
+    for call in (lambda model: opendit.save(tmp_path, model, step=1), lambda model: opendit.load(tmp_path, model)):
+        with pytest.raises(ValueError, match=r"model: it is on ColossalAI's 'gemini', whose fp32 masters"):
+            call(GeminiDDP())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import gc
 import io
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -43,6 +46,9 @@ def cases(world: int) -> dict[str, Any]:
     found["refusals"] = refusals
     found["restore"] = restored
     found["classes"] = classes_untouched
+    for plugin in ZERO:
+        found[f"let go/{plugin}"] = functools.partial(let_go, plugin)
+        found[f"nan/{plugin}"] = functools.partial(not_a_number, plugin)
     found["gemini"] = gemini
     found["gemini sp"] = functools.partial(gemini, 2)
     found |= {f"mutant/{name}": functools.partial(broken, *mutant) for name, mutant in MUTANTS.items()}
@@ -358,6 +364,7 @@ def refusals() -> dict[str, str]:
         _backward(model, 0)
         found["step inside"] = _message(optimizer.step)
     found["step after"] = _message(optimizer.step)
+    found["copied"] = _message(lambda: copy.deepcopy(optimizer))
     optimizer.zero_grad()
     found["group"] = _message(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}))
     found["params"] = _message(lambda: optimizer.param_groups[0].update(params=[]))
@@ -376,6 +383,39 @@ def restored() -> dict[str, Any]:
     back = opendit.restore(model)
     zero, _optimizer, _, _ = on("zero2")
     return {"ddp": type(back).__name__, "zero2": _message(lambda: opendit.restore(zero))}
+
+
+def let_go(plugin: str) -> bool:
+    """Whether a model is gone once its user lets go of it."""
+    model, optimizer, scheduler, given = on(plugin)
+    _backward(model, 0)
+    with opendit.no_sync(model):
+        pass
+    optimizer.step()
+    optimizer.zero_grad()
+    watched = weakref.ref(model)
+    del model, optimizer, scheduler, given
+    gc.collect()
+    return watched() is None
+
+
+def not_a_number(plugin: str) -> list[str]:
+    """A NaN in one process's part, each in turn: all skip, and a schedule on the user's own optimizer stands still."""
+    model, optimizer, scheduler, _ = on(plugin, skip_nonfinite=True)
+    assert opendit.schedule(scheduler) is scheduler
+    wrong = []
+    for bad in range(dist.get_world_size()):
+        _backward(model, bad)
+        before, rates = _values(model), scheduler.get_last_lr()
+        if dist.get_rank() == bad or plugin == "zero1":
+            p = next(p for p in model.parameters() if p.requires_grad)
+            (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).view(-1)[0] = float("nan")
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        wrong += [f"{bad}: {n} changed" for n, v in _values(model).items() if not torch.equal(v, before[n])]
+        wrong += [f"{bad}: the schedule went on"] * (scheduler.get_last_lr() != rates)
+    return wrong
 
 
 def classes_untouched() -> bool:

@@ -114,6 +114,7 @@ def test_explain_says_what_it_is_on(plugin: str):
         ("frozen", "optimizer: its group 0 holds no parameter that needs gradients"),
         ("step inside", "RuntimeError: optimizer: step was called while gradients are not averaged yet"),
         ("step after", "RuntimeError: optimizer: step was called while gradients are not averaged yet"),
+        ("copied", "can't be copied or pickled"),
         ("group", "optimizer: groups can't be added"),
         ("params", "optimizer: parameters of a group can't be changed"),
     ],
@@ -128,6 +129,18 @@ def test_restore_takes_ddp_off_and_refuses_what_is_divided():
     for found in outcome("restore"):
         assert found["ddp"] == "UserDiT"
         assert "placed by ColossalAI's 'zero2', which can't be undone" in found["zero2"]
+
+
+@installed
+@pytest.mark.parametrize("plugin", on_colossalai.ZERO)
+def test_models_are_let_go_of(plugin: str):
+    assert outcome(f"let go/{plugin}") == [True, True]
+
+
+@installed
+@pytest.mark.parametrize("plugin", on_colossalai.ZERO)
+def test_a_nan_in_one_process_skips_the_step_on_all(plugin: str):
+    assert outcome(f"nan/{plugin}") == [[], []]
 
 
 @installed

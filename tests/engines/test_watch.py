@@ -54,6 +54,17 @@ def test_it_takes_less_once_another_has_failed():
     assert "rank 2 is missing" in seen.verdict(10.5, 7)
 
 
+def test_another_timeout_holds_from_then_on():
+    seen = view()
+    beat(seen, 1, 0, 1, 2)
+    seen.waits(4)
+    assert (seen.timeout, seen.interval) == (4, 0.4)
+    for now in range(2, 6):
+        beat(seen, now, 0, 1)
+        assert seen.verdict(now, 7) is None
+    assert "rank 2 is missing in step 8: no sign of life for 5 s" in seen.verdict(6, 7)
+
+
 def test_one_that_failed_is_named_where_all_are_alive():
     seen = view()
     for now in range(1, 20):

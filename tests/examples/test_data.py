@@ -33,6 +33,11 @@ def grey(pixels: torch.Tensor) -> list[int]:
     return [round(((frame.mean().item() + 1) * 127.5) / 8) for frame in pixels]
 
 
+def test_folders_whose_names_are_numbers_are_in_their_order(tmp_path):
+    data = open_data(image_folder(tmp_path / "x", 1, ("10", "2", "0")), image_size=8)
+    assert data.classes == ["0", "2", "10"]
+
+
 def test_image_folder_png_jpg_webp(tmp_path):
     data = open_data(image_folder(tmp_path / "x"), image_size=8)
     assert (len(data), data.classes, data.captions) == (6, ["cat", "dog"], None)

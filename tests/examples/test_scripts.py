@@ -46,7 +46,9 @@ def test_samples_as_files_are_data_again_whatever_the_batch(trained, tmp_path, c
     call("sample.py", *options, "--out_dir", tmp_path / "a")
     call("sample.py", *options, "--out_dir", tmp_path / "b", "--batch_size", 3)
     data, other = (open_data(tmp_path / name, image_size=8) for name in "ab")
-    assert [data.classes[data[i]["label"]] for i in range(4)] == ["three", "three", "five", "five"]
+    assert [data[i]["label"] for i in range(4)] == [3, 3, 5, 5]  # as in training, whatever classes were drawn
+    first = json.loads((tmp_path / "a" / "captions.jsonl").read_text().splitlines()[0])
+    assert first == {"file": "000000.png", "class": 3, "class_name": "three"}
     for i in range(4):
         assert (data[i]["pixels"] - other[i]["pixels"]).abs().max() <= 2 / 255
 
@@ -203,8 +205,8 @@ def test_diverged_training_stops_in_one_line_and_saves_nothing(tmp_path, call, c
     last = capsys.readouterr().err.splitlines()[-1]  # below the progress bar
     assert last.startswith("training diverged: ")
     assert words in last
-    assert last.endswith("nothing was saved, try a lower --lr")
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"metrics.json", "log.jsonl"}
+    assert last.endswith("no weights were exported, try a lower --lr")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"log.jsonl"}
 
 
 def test_images_that_are_not_finite_are_not_judged(tmp_path, call, capsys):
@@ -356,6 +358,11 @@ def mistake(monkeypatch, capsys, script: str, *arguments) -> str:
         (["--plugin", "zero2", "--compare_steps", "3"], "--compare_steps: the speed table is for whole models"),
         (["--no_accelerate", "--mixed_precision", "fp16"], "--mixed_precision: fp16's loss scale is opendit's"),
         (["--no_accelerate", "--grad_checkpoint"], "--grad_checkpoint: is opendit's"),
+        (["--no_accelerate", "--compile"], "--compile: is opendit's"),
+        (["--no_accelerate", "--kernels", "reference"], "--kernels: is opendit's"),
+        (["--no_accelerate", "--attention", "sdpa"], "--attention: is opendit's"),
+        (["--val_every", "3"], "--val_every: there is nothing to judge by; hold out a --val_fraction"),
+        (["--conf", "settings.yaml"], "unrecognized arguments: --conf"),
         (["--no_accelerate", "--enable_flashattn"], "--enable_flashattn: on contradicts --no_accelerate"),
         (
             ["--no_accelerate", "--sequence_parallel_size", "1", "--enable_modulate_kernel"],
@@ -402,10 +409,14 @@ def test_a_yaml_file_holds_the_same_settings_and_the_command_line_goes_first(mon
     from examples.options import parse_train_options
 
     text = "model: DiT-S/4\nlr: 1.0e-4\nno_flip: true\ncompile: false\nenable_flashattn: off\nsample_every:\nsteps: 7"
+    text += "\ngrad_checkpoint: off\nenable_modulate_kernel: on"
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(settings(tmp_path, text)), "--steps", "9"])
     args = parse_train_options(OneLineParser())
     assert (args.model, args.lr, args.no_flip, args.compile, args.enable_flashattn, args.sample_every, args.steps) == (
         "DiT-S/4", 1e-4, True, False, "off", 0, 9)  # fmt: skip
+    assert (args.grad_checkpoint, args.enable_modulate_kernel) == ("off", "on")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(settings(tmp_path, "grad_checkpoint: true"))])
+    assert parse_train_options(OneLineParser()).grad_checkpoint == "full"
 
 
 @pytest.mark.parametrize(
@@ -463,7 +474,7 @@ def test_kernel_flags_name_opendits_kernels(monkeypatch, flags, kernels):
 
 
 @pytest.mark.parametrize("flags", [["--no_accelerate"], []])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, call, flags):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, call, flags, monkeypatch, capsys):
     options = [*QUICK, "--steps", 6, "--ckpt_every", 3, "--schedule", "cosine", "--accum", 2, "--val_fraction", 0.1,
                "--val_every", 3, "--sample_every", 3, "--objective", "v", *flags]  # fmt: skip
     call("train.py", *options, "--outputs", tmp_path, "--name", "whole")
@@ -477,8 +488,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, call, flags
     assert "val_loss" in ends[0]
     assert {path.name for path in (whole / "samples").iterdir()} == {"step-000003.png", "step-000006.png"}
     # And once more from where it stopped, by name.
+    metrics = (whole / "metrics.json").read_text()
     with pytest.raises(SystemExit):
         call("train.py", *options, "--outputs", tmp_path, "--name", "whole", "--load", "latest")
+    assert (whole / "metrics.json").read_text() == metrics
+    # Nor does a new run mix its checkpoints with these.
+    capsys.readouterr()
+    said = mistake(monkeypatch, capsys, "train", *options, "--outputs", tmp_path, "--name", "whole")
+    assert "whole/checkpoints holds another run's" in said
 
 
 def test_a_run_that_was_never_saved_starts_from_the_beginning_with_latest(tmp_path, call):
@@ -561,6 +578,9 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     assert "takes heun or euler" in said("--checkpoint", trained, "--sampler", "ddim")
     assert "--prompts: this checkpoint takes classes" in said("--checkpoint", trained, "--prompts", "a dog")
     assert "--negative_prompt: this checkpoint takes classes" in said("--checkpoint", trained, "--negative_prompt", "x")
+    assert "--text_encoder: this checkpoint takes classes" in said("--checkpoint", trained, "--text_encoder", "words")
+    assert "--vae: this checkpoint makes pixels" in said("--checkpoint", trained, "--vae", "x")
+    assert "--out: contradicts --out_dir" in said("--checkpoint", trained, "--out_dir", tmp_path / "files")
     assert "contradicts --classes" in said("--checkpoint", trained, "--prompts", "a dog", "--classes", 1)
     assert "means nothing with --cfg_scale 1" in said(
         "--checkpoint", trained, "--negative_prompt", "x", "--cfg_scale", 1
@@ -591,3 +611,84 @@ def test_mistakes_in_a_real_process_exit_with_2_and_one_line(tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert done.stdout == ""
+
+
+def test_latents_bring_their_vae_and_refuse_another(tmp_path, call, monkeypatch, capsys):
+    from tests.examples.making import image_folder, tiny_text_encoder, tiny_vae
+
+    data, vae = image_folder(tmp_path / "data", per_class=4), tiny_vae(tmp_path / "vae")
+    other, text = tiny_vae(tmp_path / "other"), tiny_text_encoder(tmp_path / "text", "t5")
+    call("preprocess.py", "--data_path", data, "--out", tmp_path / "latents", "--image_size", 16, "--device", "cpu",
+         "--vae", vae)  # fmt: skip
+    options = [*QUICK, "--data_path", tmp_path / "latents", "--image_size", 16, "--outputs", tmp_path]
+    capsys.readouterr()
+    assert "Train with --no_flip" in mistake(monkeypatch, capsys, "train", *options)
+    options += ["--no_flip"]
+    assert f"were made with {vae}" in mistake(monkeypatch, capsys, "train", *options, "--vae", other)
+    assert "were made without" in mistake(monkeypatch, capsys, "train", *options, "--text_encoder", text)
+    monkeypatch.chdir(tmp_path)
+    call("train.py", *options, "--name", "x", "--vae", "vae")  # the same folder by another path
+    call("train.py", *options, "--name", "y")
+    config = json.loads((tmp_path / "y" / "config.json").read_text())
+    assert (config["pixels"], config["vae"]) == (False, str(vae))
+    assert Image.open(tmp_path / "y" / "samples.png").size == Image.open(tmp_path / "x" / "samples.png").size
+    call("sample.py", "--checkpoint", tmp_path / "y", "--steps", 2, "--per_class", 1, "--device", "cpu")
+    assert not (tmp_path / "samples.safetensors").exists()  # the VAE decoded them
+
+
+def test_pixart_takes_as_many_tokens_as_the_encoder_makes():
+    from types import SimpleNamespace
+
+    from examples.encoding import Encoder, model_config
+
+    args = SimpleNamespace(depth=1, hidden_size=32, num_heads=2, label_drop=0.1, num_classes=None)
+    encoder = Encoder(None, "bert", "PixArt", [], torch.device("cpu"))
+    for length, allowed in ((128, 128), (32, 120)):
+        item = {"pixels": torch.zeros(3, 8, 8), "text": torch.zeros(length, 8), "pooled": torch.zeros(8)}
+        config = model_config(args, [item], encoder, False, {})
+        assert config["model"]["max_tokens"] == allowed
+
+
+def test_without_dropped_labels_there_is_no_guidance(tmp_path, call, monkeypatch, capsys):
+    call("train.py", *QUICK, "--label_drop", 0, "--cfg_scale", 1, "--outputs", tmp_path, "--name", "x")
+    draw = ["--checkpoint", tmp_path / "x", "--steps", 2, "--per_class", 1, "--device", "cpu"]
+    call("sample.py", *draw, "--out", tmp_path / "x.png")
+    capsys.readouterr()
+    said = mistake(monkeypatch, capsys, "sample", *draw, "--cfg_scale", 2, "--out", tmp_path / "x.png")
+    assert "trained with --label_drop 0" in said
+
+
+def test_diverged_training_with_checkpoints_stops_in_one_line_too(tmp_path, call, capsys):
+    options = [*QUICK, "--no_accelerate", "--lr", "1e30", "--ckpt_every", 1, "--log_every", 100, "--steps", 5]
+    with pytest.raises(SystemExit) as stop:
+        call("train.py", *options, "--grad_clip", 0, "--outputs", tmp_path, "--name", "x")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("training diverged: ")
+
+
+def test_a_resumed_run_takes_the_new_lr_and_says_what_differs(tmp_path, call, capsys):
+    options = [*QUICK, "--warmup", 1, "--ckpt_every", 2, "--outputs", tmp_path, "--name", "x", "--log_every", 1]
+    call("train.py", *options, "--lr", 1e-3, "--steps", 2)
+    log = tmp_path / "x" / "log.jsonl"
+    kept = log.read_text().splitlines()[:2]
+    log.write_text("\n".join(kept) + '\n{"step": 2, "lo')  # torn by a kill
+    call("train.py", *options, "--lr", 1e-4, "--steps", 4, "--load", "latest", "--sampler", "euler")
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("going on from"))
+    assert said.endswith("with other settings: steps 4 (was 2), lr 0.0001 (was 0.001), sampler euler (was heun)")
+    assert log.read_text().splitlines()[:2] == kept
+    assert [json.loads(line).get("lr") for line in log.read_text().splitlines()[2:4]] == [1e-4, 1e-4]
+
+
+def test_looking_whether_a_file_can_be_written_survives_another_process(tmp_path, monkeypatch):
+    from examples.common import check_writable
+
+    opened = Path.open
+
+    def open_and_lose(self, *mode):
+        file = opened(self, *mode)
+        self.unlink()  # the other process was done first
+        return file
+
+    monkeypatch.setattr(Path, "open", open_and_lose)
+    check_writable(tmp_path / "new" / "x.png")
+    assert not list((tmp_path / "new").iterdir())

@@ -122,8 +122,8 @@ def test_empty(device: torch.device) -> None:
 
 MUTANTS = {
     "slope-of-tanh": ("0.134145", "0.044715", True, "dx is off"),
-    "slope-without-its-second-term": ("slope = s + x * s * (1 - s) *", "slope = s + 0 * s *", True, "dx is off"),
-    "slope-of-erf": ("slope = s + x * 0.3989422804014327", "slope = s + x * 0.7978845608028654", False, "dx is off"),
+    "slope-without-its-second-term": ("return s + x * s * (1 - s) *", "return s + 0 * s *", True, "dx is off"),
+    "slope-of-erf": ("return s + x * 0.3989422804014327", "return s + x * 0.7978845608028654", False, "dx is off"),
     "exact-for-tanh": ("0.044715 * x * x)", "0.0 * x * x)", True, "h is off"),
     "sum-lost-rows": ("total += tl.sum(dx, 0)", "total = tl.sum(dx, 0)", True, "the sum is off"),
     "sum-lost-programs": ("total, mask=column < N", "total, mask=(column < N) & (first == 0)", True, "the sum is off"),

@@ -91,7 +91,7 @@ def test_hook_on_a_norm_registered_before_is_kept():
     model.blocks[1].norm1.register_forward_hook(lambda m, a, out: out * 2)
     reference = twin(model)
     opendit.accelerate(model)
-    assert "hooks are registered" in explained(model)
+    assert "hooks or another forward are registered" in explained(model)
     assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import opendit
-from opendit.patch.registry import families
+from opendit.patch.registry import builtin, families
 from tests.comparing import build, relative_errors, run, twin, worst
 from tests.tiny_models import TINY, Tiny, randomise
 
@@ -34,7 +34,7 @@ def types(model: nn.Module) -> list[type]:
 
 
 def test_every_family_has_a_tiny_model():
-    assert {t.family for t in TINY} == set(families())
+    assert {t.family for t in TINY} == set(builtin())
 
 
 @each_model

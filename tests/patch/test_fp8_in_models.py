@@ -89,3 +89,16 @@ def test_without_the_hardware_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_models_without_whole_blocks_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="precision: got 'fp8', but no block of this model is fused as one function"):
         opendit.accelerate(tiny.build(), {"precision": "fp8"})
+
+
+@pytest.mark.parametrize("kernels", ["reference", {"gelu": "reference"}], ids=str)
+def test_kernels_that_no_block_is_one_function_of_are_refused(kernels: object) -> None:
+    with pytest.raises(ValueError, match=r"precision: got 'fp8' with kernels='reference' for .*gelu"):
+        opendit.accelerate(model(), {"precision": "fp8", "kernels": kernels})
+
+
+def test_verify_does_not_certify_what_it_can_not_compare() -> None:
+    with pytest.raises(ValueError, match=r"booster_cfg: got precision='fp8'"):
+        opendit.verify(
+            model(), (torch.randn(2, 4, 4, 4), torch.tensor([3, 7]), torch.tensor([1, 2])), {"precision": "fp8"}
+        )
