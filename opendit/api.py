@@ -23,7 +23,7 @@ from opendit.config import DEFAULT_TIMEOUT, BoosterConfig, OptimizerFactory
 from opendit.engines import Engine, Placed
 from opendit.patch import core
 from opendit.patch.core import Patched, Plan
-from opendit.wrapping import unwrap
+from opendit.wrapping import device_of, unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -271,7 +271,7 @@ def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | 
     if sp_size > 1 or plugin is not None:
         from opendit.fastseq import mesh
 
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         timeout = (cfg.timeout or DEFAULT_TIMEOUT) if cfg is not None and plugin is not None else None
         if plugin is not None and sp_size == 1:
             mesh.ensure_world(device, f"plugin: got {plugin!r}", alone=True, timeout=timeout)
@@ -318,7 +318,7 @@ def _engine(cfg: BoosterConfig[Any], model: nn.Module, target: nn.Module) -> Eng
 def _setup(model: nn.Module, cfg: BoosterConfig[Any], sp_size: int, plan: Plan) -> engines.Setup:
     """What an engine is asked for."""
     assert cfg.plugin is not None
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return engines.Setup(cfg.plugin, cfg.precision, cfg.reduction, sp_size, plan.units, plan.entries, device)
 
 

@@ -28,6 +28,7 @@ from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, 
 from opendit.patch.spread import ComparesModelInputs
 from opendit.patch.spreading import attention_shape, plain_projections, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
+from opendit.wrapping import device_of
 
 
 def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str | None = None) -> Plan:
@@ -135,7 +136,7 @@ def _placed_on(model: nn.Module, cfg: BoosterConfig) -> torch.device:
     divides = cfg.plugin not in (None, "ddp") and cfg.engine == "torch"
     if divides and device_type() == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    return _device(model)
+    return device_of(model)
 
 
 def _check_used(cfg: BoosterConfig, planner: Planner) -> None:
@@ -210,7 +211,7 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
     device, so that the model may still be moved. What is named must be able to run where the model is now.
     """
     names = sorted(spec.discover())
-    device = _device(model)
+    device = device_of(model)
     requested = cfg.kernels if isinstance(cfg.kernels, Mapping) else dict.fromkeys(names, cfg.kernels)
     for name, backend in requested.items():
         if name not in names:
@@ -243,7 +244,7 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
 
 def describe(plan: Plan, model: nn.Module, *, applied: bool, engine: Sequence[str] = ()) -> str:
     """`plan` in words: what changed and by what, what did not and why, what happened since; `engine`: its lines."""
-    device = _device(model)
+    device = device_of(model)
     compiled_notes: list[tuple[str, str]] = []
     lines = [f"{plan.model}: family {plan.family}, {'accelerated' if applied else 'not accelerated yet'}"]
     lines.append("changed:" if applied else "would change:")
@@ -326,10 +327,6 @@ def _attention_in_words(backend: str) -> str:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def grouped(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -1,9 +1,10 @@
-"""The model inside what was put around it."""
+"""The model inside what was put around it, and where it is."""
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner  # torch.compile's wrapper
         else:
             return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter is; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -99,6 +99,7 @@ MAY_IMPORT = {
         "opendit.kernels",
         "opendit.patch",
         "opendit.stepping",
+        "opendit.wrapping",
     },
     "opendit.optim": {"opendit.config"},
     "opendit.config": {"opendit.ema_profiles"},
