@@ -53,7 +53,7 @@ from tests.tiny_models import UserLatte
 TOKENS = (2560, 4096, 10240, 16384, 32768, 65536)
 HEADS, HEAD_DIM = 16, 72
 METHODS = ("fastseq", "fastseq overlapped", "ulysses", "ulysses 4 calls", "ring")
-REPLAYED = 4  # layers in a graph
+LONG = 16384  # tokens; fewer repeats beyond
 TOLERANCE, SLACK = 2e-2, 1.2  # relative, a few bf16 roundings; the error ratio rule
 
 
@@ -207,7 +207,7 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
     out = layer(whole)
     expected = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
     del out
-    floor = timed(floor_of(layer, tokens, local))
+    floor = timed(floor_of(layer, tokens, local), tokens)
     yield {"part": "layer", "method": "floor", "tokens": tokens, "width": width, "dtype": str(weight.dtype), **floor}
     x, dpart = (split_tokens(t.detach(), size) for t in (whole, dout))
     x.requires_grad_()
@@ -235,7 +235,7 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
         def both(name: str = name, inputs: list[Tensor] = inputs) -> None:
             torch.autograd.grad(layer.spread(name, x), inputs, dpart)
 
-        row |= timed((forward, both))
+        row |= timed((forward, both), tokens)
         yield row | {f"exposed_{what}": row[what]["median"] - floor[what]["median"] for what in ("forward", "both")}
 
 
@@ -262,7 +262,7 @@ def floor_of(layer: Layer, tokens: int, local: int) -> tuple[Callable[[], None],
     return forward, both
 
 
-def timed(calls: tuple[Callable[[], None], ...]) -> dict[str, Any]:
+def timed(calls: tuple[Callable[[], None], ...], tokens: int) -> dict[str, Any]:
     """Milliseconds of each, all processes together; the slowest's. In CUDA graphs, or a layer would time the host."""
     found = {}
     for what, call in zip(("forward", "both"), calls, strict=True):
@@ -270,7 +270,7 @@ def timed(calls: tuple[Callable[[], None], ...]) -> dict[str, Any]:
             call()
         synchronize()
         dist.barrier()
-        mine = summary(time_graph([call] * REPLAYED))
+        mine = summary(time_graph([call], 8) if tokens > LONG else time_graph([call] * 4, 20))
         found[what] = {key: agreed(value) for key, value in mine.items()}
     return found
 
