@@ -44,7 +44,7 @@ class KernelSpec:
         return [name for name, spelled in self.inputs.items() if spelled.endswith("?")]
 
     def shape(self, name: str, batch: int, length: int, hidden: int) -> tuple[int, ...]:
-        """The shape of an input for B, L and D: heads are about 72 wide, an even number, two of them at least from D = 9 on."""
+        """The shape of an input for B, L and D. Heads are about 72 wide, an even number; two or more from D = 9 on."""
         heads = max(hidden // 72, 1 + (hidden > 8))
         head = 2 * max(hidden // heads // 2, 1)
         return {

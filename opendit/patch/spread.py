@@ -9,6 +9,7 @@ All else in a block must treat tokens one by one, and norms of q and k one head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, cast
 from weakref import WeakKeyDictionary
 
@@ -110,14 +111,19 @@ class SpreadAttention(OnPart, Sublayer):
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
-    def _spread(self, x: Tensor, heads: int) -> Tensor:
-        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection."""
+    def _spread(
+        self, x: Tensor, heads: int, normalise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection.
+
+        normalise: instead of `_normalise`, where that depends on which tokens they are; see `SelfAttention`.
+        """
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
             project=self._project,
             projection=_projection(x, tuple(getattr(self, name) for name in self.projections)),
-            normalise=self._normalise,
+            normalise=normalise or (lambda q, k, first: self._normalise(q, k)),
             attend=self._attend,
             pair=_PAIR,
         )
