@@ -133,7 +133,7 @@ class AnyDtypeTimesteps(Patched):
         return self.mlp(sinusoid.to(first.weight.dtype))
 
 
-def plan_modules(model: Any, planner: Planner, plan_attention: Callable[[Planner, str, Any], None]) -> None:
+def plan_modules(model: Any, planner: Planner, plan_attention: Callable[[Planner, str, Any], object]) -> None:
     """Plans every block, the head and the timestep embedder; what is inside `attn` is the family's own affair."""
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"

@@ -61,7 +61,10 @@ class NormStandIn(nn.Module):
 
 def is_rms_norm(norm: object) -> bool:
     """Whether `norm` was found to compute the formula, and nothing was put on it since."""
-    return isinstance(norm, RMSNorm) and type(norm)._opendit_made is type(norm) and not hooked(cast(nn.Module, norm))
+    if not isinstance(norm, RMSNorm) or hooked(cast(nn.Module, norm)):
+        return False
+    made: type = type(norm)
+    return norm._opendit_made is made
 
 
 def must_be_called(norm: object, dtype: torch.dtype) -> bool:
@@ -83,8 +86,6 @@ def rms_norm(norm: Any, width: int) -> type[RMSNorm] | str:
         or len(parameters_of_forward(norm)) != 1
     ):
         return "it is neither torch's LayerNorm nor a root mean square norm with eps and weight alone"
-    if hooked(norm):
-        return "hooks or another forward are registered on it"
 
     def rows(dtype: torch.dtype) -> tuple[Tensor]:
         """So small that eps decides, and large."""
@@ -100,7 +101,10 @@ def plan_rms_norms(planner: Planner, norms: Mapping[str, Any], width: int, where
 
     Else each that is none is kept, with the reason.
     """
-    found = {name: planner.once(rms_norm, norm, width) for name, norm in norms.items()}
+    found = {
+        name: "hooks or another forward are registered on it" if hooked(norm) else planner.once(rms_norm, norm, width)
+        for name, norm in norms.items()
+    }
     for name, kind in found.items():
         if isinstance(kind, str):
             planner.keep(name, kind)

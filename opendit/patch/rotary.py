@@ -88,9 +88,10 @@ class Table(nn.Module):
 
 def rotation(rope: object) -> Rotation | None:
     """`rope` as what was found of it, if nothing was put on it since."""
-    if isinstance(rope, Rotation) and type(rope)._opendit_made is type(rope) and not hooked(cast(nn.Module, rope)):
-        return rope
-    return None
+    if not isinstance(rope, Rotation) or hooked(cast(nn.Module, rope)):
+        return None
+    made: type = type(rope)
+    return rope if rope._opendit_made is made else None
 
 
 def plan_rotary(planner: Planner, name: str, rope: Any) -> type[Rotation] | None:

@@ -9,7 +9,7 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ _ATTENTION_ATTRIBUTES = {"num_heads", "head_dim", "attn_dim", "scale", "fused_at
 class DispatchedAttention(SpreadAttention):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
-    uses = ("attention",)
+    uses: ClassVar[tuple[str, ...]] = ("attention",)
     projections = ("qkv",)
     num_heads: int
     training: bool

@@ -45,9 +45,9 @@ from opendit.patch.rotary import Rotation, Table, plan_rotary, rotation
 class RotaryAttention(DispatchedAttention):
     """timm's Attention that is given a rotation of q and k, or None."""
 
-    uses: ClassVar[tuple[str, ...]] = ("attention", "qk_norm_rope")
+    uses = ("attention", "qk_norm_rope")
 
-    def forward(self, x: Tensor, rope: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, rope: Any = None) -> Tensor:
         reason = self._unusual()
         turns = rotation(rope)
         length, head_dim = self._length(x), self.qkv.weight.shape[0] // (3 * self.num_heads)
@@ -72,7 +72,7 @@ class RotaryAttention(DispatchedAttention):
     def _normalise_and_turn(self, turns: Rotation | None, q: Tensor, k: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """q, k [B, L, H, K] of the tokens from `first` on, normalised, then turned."""
         norm = self._norm(q)
-        affine: dict[str, Tensor | None] = {}
+        affine: dict[str, Any] = {}
         eps = 1e-6
         if norm == "other":
             q, k, norm = self.q_norm(q), self.k_norm(k), None
@@ -297,7 +297,8 @@ def _in_parts_because(block: Any, layer: bool, rotated: bool) -> str:
 
 def _width(block: Any) -> int:
     """D, or 0 where the first norm does not tell."""
-    shape = getattr(block.norm1, "normalized_shape", None) or getattr(getattr(block.norm1, "weight", None), "shape", ())
+    weight = getattr(block.norm1, "weight", None)
+    shape: Any = getattr(block.norm1, "normalized_shape", () if weight is None else weight.shape)
     return int(shape[0]) if len(shape) == 1 else 0
 
 
