@@ -549,7 +549,7 @@ def qk_norm_rope(
     if unused:
         raise ValueError(f"{name}: {unused[0]} is given with norm=None, which has no weights; leave it out")
     if (cos is None) != (sin is None):
-        raise ValueError(f"{name}: {'sin' if sin is None else 'cos'} is given alone; pass cos and sin, or neither")
+        raise ValueError(f"{name}: {'cos' if sin is None else 'sin'} is given alone; pass cos and sin, or neither")
     for label, table in (("cos", cos), ("sin", sin)):
         if table is not None and table.requires_grad:
             raise ValueError(f"{name}: {label} requires a gradient, and tables get none; pass {label}.detach()")

@@ -167,11 +167,11 @@ def _short(attention: str, qkv: Tensor) -> bool:
 
 
 def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return norm.forward_fake(*inputs, center=True)
+    return norm.forward_fake(*(*inputs, True))
 
 
 def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return fused.forward_fake(*inputs, center=True)
+    return fused.forward_fake(*(*inputs, True))
 
 
 class _Launch:

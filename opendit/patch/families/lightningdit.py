@@ -45,7 +45,7 @@ from opendit.patch.rotary import Rotation, Table, plan_rotary, rotation
 class RotaryAttention(DispatchedAttention):
     """timm's Attention that is given a rotation of q and k, or None."""
 
-    uses = ("attention", "qk_norm_rope")
+    uses: ClassVar[tuple[str, ...]] = ("attention", "qk_norm_rope")
 
     def forward(self, x: Tensor, rope: Any = None) -> Tensor:
         reason = self._unusual()
@@ -77,11 +77,11 @@ class RotaryAttention(DispatchedAttention):
         if norm == "other":
             q, k, norm = self.q_norm(q), self.k_norm(k), None
         elif norm is not None:
-            of_q, of_k = self.q_norm, self.k_norm
-            eps = of_q.eps  # type: ignore[assignment]
-            affine = {"q_weight": of_q.weight, "k_weight": of_k.weight}  # type: ignore[dict-item]
+            of_q: Any = self.q_norm
+            of_k: Any = self.k_norm
+            eps, affine = of_q.eps, {"q_weight": of_q.weight, "k_weight": of_k.weight}
             if norm == "layer":
-                affine |= {"q_bias": of_q.bias, "k_bias": of_k.bias}  # type: ignore[dict-item]
+                affine |= {"q_bias": of_q.bias, "k_bias": of_k.bias}
         if norm is None and turns is None:
             return q, k
         cos, sin = turns.rows(first, q.shape[1]) if turns is not None else (None, None)
