@@ -433,10 +433,12 @@ class UserLightningDiT(UserDiT):
         use_rmsnorm: bool = False,
         wo_shift: bool = False,
         learn_sigma: bool = False,
+        frequencies: int = 32,
         checkpointing: bool = False,
     ):
         super().__init__(size, dim=dim, depth=0, heads=heads, learn_sigma=learn_sigma, drop_sigma=learn_sigma)
         self.checkpointing = checkpointing
+        self.t_embedder = Timesteps(dim, frequencies)
         self.feat_rope = LightningRope(dim // heads // 2, size // 2) if use_rope else None
         self.blocks = nn.ModuleList(
             LightningBlock(dim, heads, use_rmsnorm, use_qknorm, use_swiglu, wo_shift) for _ in range(depth)
