@@ -210,16 +210,16 @@ def _plan_attention(planner: Planner, name: str, attn: Any, turns: type[Rotation
         planner.keep(name, "it is not built like LightningDiT's (num_heads, qkv, q_norm, k_norm; on x and rope)")
         return
     width, head_dim = attn.qkv.weight.shape[1], attn.qkv.weight.shape[0] // (3 * attn.num_heads)
-    if head_dim % 2:
-        planner.keep(name, f"its heads are {head_dim} wide, an odd number")
-        return
     more: tuple[Inputs, ...] = ()
     if turns is not None:
         more = (lambda dtype: (torch.randn(2, 6, width, dtype=dtype), Table(6, head_dim, turns, dtype)),)
     norms = {f"{name}.{which}": getattr(attn, which) for which in ("q_norm", "k_norm")}
+    done = _of_q_and_k(norms.values(), turns)
+    if done and head_dim % 2:
+        planner.keep(name, f"its heads are {head_dim} wide, an odd number")
+        return
     others = [norm for norm in norms.values() if type(norm) is not nn.Identity and not plain_layernorm(norm)]
     rms = plan_rms_norms(planner, norms, head_dim, "attention") if len(others) == 2 else None
-    done = _of_q_and_k(norms.values(), turns)
     planned = plan_attention(
         planner,
         name,
