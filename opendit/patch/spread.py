@@ -20,6 +20,7 @@ from opendit.attention import attend, blockwise
 from opendit.fastseq import Projection, SelfAttention, inputs, methods
 from opendit.fastseq.collectives import gather_tokens, split_tokens
 from opendit.fastseq.method import Pair
+from opendit.fastseq.shards import total_length
 from opendit.patch.core import Patched, autocast_dtype
 from opendit.patch.parts import Sublayer, plain_linear
 
@@ -87,6 +88,10 @@ class OnPart(Patched):
     def _in_parts_of_a_sequence(self) -> bool:
         sequence = self._opendit_sequence
         return sequence is not None and sequence.in_attention
+
+    def _length(self, x: Tensor) -> int:
+        """How many tokens the sequence has of which x [B, l, D] holds all, or a part."""
+        return total_length(x.shape[1], self._opendit_sequence.size) if self._in_parts_of_a_sequence() else x.shape[1]
 
     def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         if self._in_parts_of_a_sequence():

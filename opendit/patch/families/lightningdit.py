@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from opendit.attention import attend
-from opendit.fastseq.shards import total_length
 from opendit.kernels.qk_norm_rope import qk_norm_rope
 from opendit.patch.adaln import BLOCK_KERNELS, RMS_BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.adaln_zero import BLOCK_PARTS, TRAITS, plan_head, plan_timesteps, unusual
@@ -64,10 +63,6 @@ class RotaryAttention(DispatchedAttention):
             q, k = self._normalise_and_turn(turns, q, k, 0)
             out = attend(q.to(v.dtype), k.to(v.dtype), v, backend=self._opendit_attention).flatten(2)
         return self.proj_drop(self.proj(out))
-
-    def _length(self, x: Tensor) -> int:
-        """How many tokens the sequence has of which x holds all, or a part."""
-        return total_length(x.shape[1], self._opendit_sequence.size) if self._in_parts_of_a_sequence() else x.shape[1]
 
     def _normalise_and_turn(self, turns: Rotation | None, q: Tensor, k: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """q, k [B, L, H, K] of the tokens from `first` on, normalised, then turned."""
