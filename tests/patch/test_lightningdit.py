@@ -356,3 +356,12 @@ def test_q_and_k_go_through_the_kernel_once(monkeypatch):
         calls.clear()
         run(model, tiny, autocast=torch.bfloat16)
         assert calls == [(norm, True, torch.bfloat16)] * 2
+
+
+def test_as_any_model():
+    """Its gated MLPs are recognised anywhere; attention that is given a rotation runs its own forward then."""
+    model = build(PUBLISHED, F64)
+    expected = run(model, PUBLISHED)
+    opendit.accelerate(model, family="generic")
+    assert "blocks.{0-1}.mlp (2): SiLU(a) · b: one pass" in explained(model)
+    assert worst(run(model, PUBLISHED), expected)[0] <= 1e-10
