@@ -641,8 +641,9 @@ TINY = [
         lambda: UserLightningDiT(use_qknorm=True, use_rope=True, size=10),
         _dit_inputs(10),
         whole=False,
+        slow=True,
     ),
-    Tiny("lightningdit-plain", "lightningdit", lambda: UserLightningDiT(), _dit_inputs()),
+    Tiny("lightningdit-plain", "lightningdit", lambda: UserLightningDiT(), _dit_inputs(), slow=True),
     Tiny("diffusers", "diffusers_dit", _diffusers_dit, _diffusers_inputs, _sample),
     Tiny(
         "diffusers-affine",

@@ -437,7 +437,7 @@ def launch_backward(
     dq_out, dk_out, q, k = map(dense_rows, (dq_out, dk_out, q, k))
     weights = [dense(v) for v in (q_weight, k_weight)]
     B, L, H, K = q.shape
-    tile = tile or backward_tile(K)
+    tile = tile or (backward_tile(K) if want_sums else forward_tile(K))  # without sums nothing is kept between rows
     P, walk = programs(B, L * H, tile)
     partials = q.new_empty((1, B * P, 4, K) if want_sums else (0,), dtype=torch.float32)
     wrap(_qk_norm_rope_bwd)[(B * P,)](

@@ -34,16 +34,17 @@ class NearMiss:
     left: tuple[str, ...]
     fused: tuple[str, ...]
     alters: bool  # whether what the model computes is changed by it
+    slow: bool  # of a kind that another one shows
 
 
 MISSES: list[NearMiss] = []
 
 
-def miss(*bases: str, left: str = "", fused: str = "", alters: bool = True):
+def miss(*bases: str, left: str = "", fused: str = "", alters: bool = True, slow: bool = False):
     def register(make: Callable[[Any], None]):
         for base in bases:
             name = f"{base}: {make.__name__.replace('_', ' ')}"
-            MISSES.append(NearMiss(name, base, make, tuple(left.split()), tuple(fused.split()), alters))
+            MISSES.append(NearMiss(name, base, make, tuple(left.split()), tuple(fused.split()), alters, slow))
         return make
 
     return register
@@ -355,7 +356,7 @@ def shift_and_scale_swapped(model):
     becomes(model.blocks[1], forward)
 
 
-@miss(light_qk, left="blocks.1", fused="blocks.0 blocks.1.attn")
+@miss(light_qk, left="blocks.1", fused="blocks.0 blocks.1.attn", slow=True)
 def gates_before_scales_without_shifts(model):
     def forward(self, x, c, feat_rope=None):
         gate_a, scale_a, gate_m, scale_m = (m.unsqueeze(1) for m in self.adaLN_modulation(c).chunk(4, dim=1))
@@ -376,7 +377,7 @@ def a_block_that_turns_nothing(model):
     becomes(model.blocks[1], lambda self, x, c, feat_rope=None: super_forward(self, x, c))
 
 
-@miss(light, left="blocks.1", alters=False)
+@miss(light, left="blocks.1", alters=False, slow=True)
 def a_block_with_an_attribute_of_its_own(model):
     model.blocks[1].depth = 1
 
@@ -403,7 +404,7 @@ def norm_with_its_eps_outside_the_root(model):
     )
 
 
-@miss(light, left="blocks.1 blocks.1.norm1")
+@miss(light, left="blocks.1 blocks.1.norm1", slow=True)
 def norm_of_groups(model):
     def forward(self, x):
         groups = x.unflatten(-1, (2, -1))
@@ -459,7 +460,7 @@ def values_turned_too(model):
     attention_as(model, forward)
 
 
-@miss(light, left="blocks.1.attn")
+@miss(light, left="blocks.1.attn", slow=True)
 def keys_alone_are_turned(model):
     def forward(self, x, rope):
         q, k, v = heads(self, x)
@@ -468,7 +469,7 @@ def keys_alone_are_turned(model):
     attention_as(model, forward)
 
 
-@miss(light_qk, left="blocks.1.attn")
+@miss(light_qk, left="blocks.1.attn", slow=True)
 def keys_normalised_as_queries(model):
     def forward(self, x, rope):
         q, k, v = heads(self, x)
@@ -496,7 +497,7 @@ def queries_alone_normalised(model):
     model.blocks[1].attn.k_norm = nn.Identity()
 
 
-@miss(light_qk, fused="blocks.1.attn")
+@miss(light_qk, fused="blocks.1.attn", slow=True)
 def another_eps_for_keys(model):
     model.blocks[1].attn.k_norm.eps = 1e-1
 
@@ -506,12 +507,12 @@ def queries_and_keys_normalised_by_two_kinds(model):
     model.blocks[1].attn.k_norm = nn.LayerNorm(20)
 
 
-@miss(light_qk, fused="blocks.1.attn")
+@miss(light_qk, fused="blocks.1.attn", slow=True)
 def heads_normalised_by_what_is_not_known(model):
     becomes(model.blocks[1].attn.q_norm, lambda self, x: torch.tanh(x) * self.weight)
 
 
-@miss(light, "lightningdit-layernorm", fused="feat_rope blocks.0.attn blocks.1.attn")
+@miss(light, fused="feat_rope blocks.0.attn blocks.1.attn")
 def pairs_half_a_head_apart(model):
     def forward(self, t):
         a, b = t.chunk(2, dim=-1)
@@ -529,7 +530,7 @@ def turned_the_other_way(model):
     becomes(model.feat_rope, forward)
 
 
-@miss(light, left="feat_rope blocks.0.attn", fused="blocks.0")
+@miss(light, left="feat_rope blocks.0.attn", fused="blocks.0", slow=True)
 def half_of_a_head_is_turned(model):
     def forward(self, t):
         still, moving = t.chunk(2, dim=-1)
@@ -568,12 +569,12 @@ def gated_by_gelu(model):
     becomes(model.blocks[1].mlp, forward)
 
 
-@miss(light, left="blocks.1.mlp")
+@miss(light, left="blocks.1.mlp", slow=True)
 def gates_and_values_interleaved(model):
     becomes(model.blocks[1].mlp, lambda self, x: self.w3(F.silu(self.w12(x)[..., ::2]) * self.w12(x)[..., 1::2]))
 
 
-@miss(light, fused="blocks.1.mlp")
+@miss(light, fused="blocks.1.mlp", slow=True)
 def gated_without_biases(model):
     model.blocks[1].mlp.w12, model.blocks[1].mlp.w3 = nn.Linear(48, 64, bias=False), nn.Linear(32, 48, bias=False)
 
@@ -783,7 +784,7 @@ def _params():
     shared = {m.make for m in MISSES if m.base == "pixart"}
     for m in MISSES:
         again = m.base == "diffusers-latte" and m.make in shared
-        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again else [])
+        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again or m.slow else [])
 
 
 @pytest.mark.parametrize("case", _params())
