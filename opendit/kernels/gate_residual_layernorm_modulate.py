@@ -232,9 +232,10 @@ def _fused_bwd(
         row = b * L + token
         dm_h, dm_t = load_rows(dm_ptr, b * dm_stride_b + token * dm_stride_l, live, D, HEAD, TAIL)
         r_h, r_t = load_rows(residual_ptr, row * D, live, D, HEAD, TAIL)
-        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
         if CENTER:
             mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
+        if CENTER:
             # Where a tail element does not exist n is not 0, but dm and y are, so no sum sees it.
             n_h, n_t = (r_h - mean) * rstd, (r_t - mean) * rstd
         else:

@@ -135,12 +135,13 @@ def _layernorm_modulate_fwd(
         live = token < last
         token = token.to(tl.int64)  # offsets pass 2**31 elements
         x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        row = b * L + token
         if CENTER:
             mean, rstd, n_h, n_t = normalize(x_h, x_t, EPS, D, HEAD, TAIL)
-            tl.store(mean_ptr + row, mean, mask=live)
         else:
             rstd, n_h, n_t = normalize_by_root_mean_square(x_h, x_t, EPS, D)
+        row = b * L + token
+        if CENTER:
+            tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
         if QUANTIZE:
             store_quantized(out_ptr, scale8_ptr, row, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
@@ -209,9 +210,10 @@ def _layernorm_modulate_bwd(
         row = b * L + token
         do_h, do_t = load_rows(dout_ptr, b * dout_stride_b + token * dout_stride_l, live, D, HEAD, TAIL)
         x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
         if CENTER:
             mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
+        if CENTER:
             # Where a tail element does not exist n is not 0, but do is, so no sum sees it.
             n_h, n_t = (x_h - mean) * rstd, (x_t - mean) * rstd
         else:
