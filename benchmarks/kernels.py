@@ -38,19 +38,20 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 def make_inputs(spec: KernelSpec, shape: tuple[int, int, int], residual: torch.dtype) -> dict[str, Tensor]:
-    """Random inputs, [B, D] ones as chunks of one tensor; a LayerNorm's own affine is in the residual's dtype."""
+    """Random inputs, [B, D] ones as chunks of one tensor; a norm's own affine is in the residual's dtype."""
     B, L, D = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chunks = iter(torch.randn(B, 6 * D, device=device, dtype=torch.bfloat16).chunk(6, 1))
     inputs = {}
     for name, kind in spec.inputs.items():
-        if kind == "BLD":
-            inputs[name] = torch.randn(B, L, D, device=device, dtype=residual if name == "x" else torch.bfloat16)
-        elif kind == "BD":
+        sizes = spec.shape(name, B, L, D)
+        if kind == "BD":
             inputs[name] = next(chunks)
-        elif spec.name == "layernorm":
-            inputs[name] = torch.randn(D, device=device, dtype=residual)
-    return {name: t.detach().requires_grad_() for name, t in inputs.items()}
+        elif kind.startswith("BL"):
+            inputs[name] = torch.randn(sizes, device=device, dtype=residual if name == "x" else torch.bfloat16)
+        elif name in spec.usual:
+            inputs[name] = torch.randn(sizes, device=device, dtype=torch.float32 if kind == "LK?" else residual)
+    return {name: t.detach().requires_grad_(name not in spec.constants) for name, t in inputs.items()}
 
 
 def contenders(spec: KernelSpec, compiled: bool) -> dict[str, Run]:
@@ -75,14 +76,18 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def _leaves(inputs: dict[str, Tensor]) -> list[Tensor]:
+    return [t for t in inputs.values() if t.requires_grad]
+
+
 def worst_error(spec: KernelSpec, run: Run, inputs: dict[str, Tensor]) -> float:
     """The largest relative error of any output or gradient against the reference in float64."""
-    exact_inputs = {k: t.detach().double().requires_grad_() for k, t in inputs.items()}
+    exact_inputs = {k: t.detach().double().requires_grad_(t.requires_grad) for k, t in inputs.items()}
     exact = _tuple(spec.reference(**exact_inputs))
     outputs = run(**inputs)
     incoming = [torch.randn_like(o) for o in outputs]
-    grads = torch.autograd.grad(outputs, list(inputs.values()), incoming)
-    exact_grads = torch.autograd.grad(exact, list(exact_inputs.values()), [g.double() for g in incoming])
+    grads = torch.autograd.grad(outputs, _leaves(inputs), incoming)
+    exact_grads = torch.autograd.grad(exact, _leaves(exact_inputs), [g.double() for g in incoming])
     worst = 0.0
     for found, truth in zip((*outputs, *grads), (*exact, *exact_grads), strict=True):
         error = ((found.double() - truth).norm() / truth.norm()).item()
@@ -104,8 +109,7 @@ def backward_calls(run: Run, sets: list[dict[str, Tensor]]) -> list[Callable[[],
     for inputs in sets:
         outputs = run(**inputs)
         incoming = [torch.randn_like(o) for o in outputs]
-        leaves = list(inputs.values())
-        calls.append(partial(torch.autograd.grad, outputs, leaves, incoming, retain_graph=True))
+        calls.append(partial(torch.autograd.grad, outputs, _leaves(inputs), incoming, retain_graph=True))
     return calls
 
 

@@ -132,6 +132,8 @@ MAY_IMPORT = {
     "opendit.patch.diffusers_parts": {"opendit.attention", "opendit.kernels", "opendit.patch"},
     "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
+    "opendit.patch.rms_norm": {"opendit.kernels", "opendit.patch"},
+    "opendit.patch.rotary": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
     "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
     "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},

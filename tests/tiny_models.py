@@ -2,7 +2,7 @@
 
 `UserDiT` stands for the classes of facebookresearch/DiT, SiT and fast-DiT, which live in users' own files,
 on top of timm's Attention and Mlp as they were (`timm="old"`) and as they are (`timm="new"`). `UserLatte` and
-`UserLatteIMG` stand for those of Vchitect/Latte.
+`UserLatteIMG` stand for those of Vchitect/Latte, `UserLightningDiT` for those of hustvl/LightningDiT.
 """
 
 from __future__ import annotations
@@ -331,6 +331,130 @@ class UserLatteIMG(UserLatte):
         return self.frames(x, spatial, self.repeat(c + y, tokens), spatial, use_fp16, use_image_num)
 
 
+class LightningRMSNorm(nn.Module):
+    """Of Llama's descent, which computes in fp32 whatever comes; this one in fp64 too, to be compared in it."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).type_as(x) * self.weight
+
+
+class LightningRope(nn.Module):
+    """Angles of a token's row and of its column, for pairs of neighbours."""
+
+    def __init__(self, dim: int, side: int):
+        super().__init__()
+        frequencies = 10000.0 ** (-torch.arange(0, dim, 2)[: dim // 2].float() / dim)
+        angles = (torch.arange(side)[:, None] * frequencies).repeat_interleave(2, dim=1)
+        rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+        table = torch.cat([rows, columns], dim=2).flatten(0, 1)
+        self.register_buffer("freqs_cos", table.cos())
+        self.register_buffer("freqs_sin", table.sin())
+
+    def forward(self, t):
+        a, b = t[..., ::2], t[..., 1::2]
+        return t * self.freqs_cos + torch.stack([-b, a], dim=-1).flatten(-2) * self.freqs_sin
+
+
+class LightningAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, norm: type[nn.Module] | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = True
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = norm(self.head_dim) if norm else nn.Identity()
+        self.k_norm = norm(self.head_dim) if norm else nn.Identity()
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(0.0)
+
+    def forward(self, x, rope=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class SwiGLUFFN(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class LightningBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, rms: bool, qk_norm: bool, swiglu: bool, wo_shift: bool):
+        super().__init__()
+        self.norm1, self.norm2 = (lightning_norm(dim, rms) for _ in range(2))
+        norm = LightningRMSNorm if rms else nn.LayerNorm
+        self.attn = LightningAttention(dim, heads, norm if qk_norm else None)
+        self.mlp = SwiGLUFFN(dim, int(2 / 3 * 4 * dim)) if swiglu else Mlp(dim, 4 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (4 if wo_shift else 6) * dim))
+        self.wo_shift = wo_shift
+
+    def forward(self, x, c, feat_rope=None):
+        chunks = [m.unsqueeze(1) for m in self.adaLN_modulation(c).chunk(4 if self.wo_shift else 6, dim=1)]
+        if self.wo_shift:
+            scale_a, gate_a, scale_m, gate_m = chunks
+            shift_a = shift_m = 0
+        else:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rope=feat_rope)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+
+def lightning_norm(dim: int, rms: bool) -> nn.Module:
+    return LightningRMSNorm(dim) if rms else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+class UserLightningDiT(UserDiT):
+    def __init__(
+        self,
+        size: int = 6,
+        dim: int = 48,
+        depth: int = 2,
+        heads: int = 4,
+        use_qknorm: bool = False,
+        use_swiglu: bool = False,
+        use_rope: bool = False,
+        use_rmsnorm: bool = False,
+        wo_shift: bool = False,
+        learn_sigma: bool = False,
+        frequencies: int = 32,
+        checkpointing: bool = False,
+    ):
+        super().__init__(size, dim=dim, depth=0, heads=heads, learn_sigma=learn_sigma, drop_sigma=learn_sigma)
+        self.checkpointing = checkpointing
+        self.t_embedder = Timesteps(dim, frequencies)
+        self.feat_rope = LightningRope(dim // heads // 2, size // 2) if use_rope else None
+        self.blocks = nn.ModuleList(
+            LightningBlock(dim, heads, use_rmsnorm, use_qknorm, use_swiglu, wo_shift) for _ in range(depth)
+        )
+        self.final_layer.norm_final = lightning_norm(dim, use_rmsnorm)
+
+    def forward(self, x, t=None, y=None):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        for block in self.blocks:
+            args = (x, c, self.feat_rope)
+            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
+        x = self.unpatchify(self.final_layer(x, c))
+        return x.chunk(2, dim=1)[0] if self.drop_sigma else x
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A small model of a family, and the arguments it is called with."""
@@ -489,6 +613,8 @@ def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
 
+_PUBLISHED = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+
 TINY = [
     Tiny("dit", "dit", lambda: UserDiT(), _dit_inputs()),
     Tiny("dit-old-timm", "dit", lambda: UserDiT(timm="old"), _dit_inputs()),
@@ -501,6 +627,23 @@ TINY = [
     Tiny("latte-time-only", "latte", lambda: UserLatte(extras=1, dim=60, heads=3), _latte_inputs(1)),
     Tiny("latte-text", "latte", lambda: UserLatte(extras=78), _latte_inputs(78)),
     Tiny("latte-img", "latte", lambda: UserLatteIMG(), _latte_img_inputs),
+    Tiny("lightningdit", "lightningdit", lambda: UserLightningDiT(**_PUBLISHED), _dit_inputs(), whole=False),
+    Tiny(
+        "lightningdit-qk-norm",  # and without shifts
+        "lightningdit",
+        lambda: UserLightningDiT(**_PUBLISHED, use_qknorm=True, wo_shift=True, dim=60, heads=3, learn_sigma=True),
+        _dit_inputs(),
+        whole=False,
+    ),
+    Tiny(
+        "lightningdit-layernorm",
+        "lightningdit",
+        lambda: UserLightningDiT(use_qknorm=True, use_rope=True, size=10),
+        _dit_inputs(10),
+        whole=False,
+        slow=True,
+    ),
+    Tiny("lightningdit-plain", "lightningdit", lambda: UserLightningDiT(), _dit_inputs(), slow=True),
     Tiny("diffusers", "diffusers_dit", _diffusers_dit, _diffusers_inputs, _sample),
     Tiny(
         "diffusers-affine",

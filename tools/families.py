@@ -13,13 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from opendit.config import BoosterConfig  # noqa: E402
 from opendit.patch.core import Plan  # noqa: E402
 from opendit.patch.registry import GENERIC, Family, builtin  # noqa: E402
 from opendit.plan import grouped, plan_for  # noqa: E402
-from tests.tiny_models import TINY, UserDiT, UserLatte  # noqa: E402
+from tests.tiny_models import TINY, UserDiT, UserLatte, UserLightningDiT  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 
@@ -30,10 +31,22 @@ What `accelerate` does to each kind of model, as it plans for the small ones of 
 Written by `python tools/families.py`; [adding_a_family.md](adding_a_family.md) says how to add one.
 """
 
+
+def _with_learned_angles() -> nn.Module:
+    model = UserLightningDiT(use_rope=True)
+    model.feat_rope.scale = nn.Parameter(torch.ones(()))
+    return model
+
+
 # Variants that are left alone in part.
 _VARIANTS = {
     "dit": [lambda: UserDiT(attn_drop=0.1, qk_norm=nn.LayerNorm), lambda: UserDiT(gated=True)],
     "latte": [lambda: UserLatte(attention_mode="flash")],
+    "lightningdit": [
+        lambda: UserLightningDiT(use_rmsnorm=True, use_qknorm=True, wo_shift=True),
+        lambda: UserLightningDiT(dim=45, heads=3, use_qknorm=True),
+        _with_learned_angles,
+    ],
 }
 
 _SPREAD = "Sequences can be spread over processes (`sp_size`): split before the first block, gathered after `{}`."

@@ -56,7 +56,7 @@ class FastSeq:
         rows = Rows(layer.heads, sum(heads[: line.rank]), heads[line.rank])
         overlapped, regather = overlaps(x, sequence), sequence.regather
         q, k, v = gather_project(x, projection, rows, line, overlapped=overlapped, regather=regather)
-        q, k = layer.normalise(q, k)
+        q, k = layer.normalise(q, k, 0)
         out = layer.attend(q.to(v.dtype), k.to(v.dtype), v)
         return to_tokens(out, layer.heads, line, local).flatten(2)
 

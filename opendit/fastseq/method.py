@@ -43,7 +43,7 @@ class SelfAttention:
         heads: H.
         project: [B, l, D] → q, k, v [B, l, H, K], by the layer's own modules.
         projection: the same as parameters, or why it can't be taken apart.
-        normalise: q, k → q, k, each vector of K by itself.
+        normalise: q, k of the tokens from the n-th on, and n → q, k, each vector of K by itself.
         attend: q, k, v [B, L, h, K] → [B, L, h, K].
         pair: attention of one block of keys.
     """
@@ -51,7 +51,7 @@ class SelfAttention:
     heads: int
     project: Callable[[Tensor], _Heads]
     projection: Projection | str
-    normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    normalise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     pair: Pair
 

@@ -50,7 +50,7 @@ class Ring:
 
     def attention(self, x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
         q, k, v = layer.project(x)
-        q, k = layer.normalise(q, k)
+        q, k = layer.normalise(q, k, sequence.line("sp").rank * x.shape[1])
         length = total_length(x.shape[1], sequence.size)
         out = ring_attention(q.to(v.dtype), k.to(v.dtype), v, layer.pair, sequence.line("ring"), length)
         return out.flatten(2)

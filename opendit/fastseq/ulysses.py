@@ -37,7 +37,7 @@ class Ulysses:
     def attention(self, x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
         line, local = sequence.line("sp"), x.shape[1]
         q, k, v = layer.project(x)
-        q, k = layer.normalise(q, k)
+        q, k = layer.normalise(q, k, line.rank * local)
         # Norms may run in fp32 under autocast; what is sent is what attention reads.
         q, k = q.to(v.dtype), k.to(v.dtype)
         q, k, v = to_heads((q, k, v), line, total_length(local, sequence.size))

@@ -51,7 +51,7 @@ class Usp:
         local, ring, row = x.shape[1], sequence.ring, sequence.size // sequence.ring
         total = total_length(local, sequence.size)
         q, k, v = layer.project(x)
-        q, k = layer.normalise(q, k)
+        q, k = layer.normalise(q, k, sequence.line("sp").rank * local)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if row > 1:
             # Padding travels with its row: the ring tells by the length what of a block is real.

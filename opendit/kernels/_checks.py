@@ -29,8 +29,8 @@ def check_tokens(kernel: str, name: str, tensor: Any, like: Tensor | None = None
         )
 
 
-def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], **vectors: Any) -> None:
-    """Require floating tensors of exactly ``shape`` on x's device; None is skipped."""
+def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], meaning: str | None = None, **vectors: Any) -> None:
+    """Require floating tensors of exactly ``shape`` (its ``meaning`` in words) on x's device; None is skipped."""
     for name, tensor in vectors.items():
         if tensor is None:
             continue
@@ -39,7 +39,7 @@ def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], **vectors: Any
                 f"{kernel}: {name} is a {type(tensor).__name__}; pass a floating-point tensor {list(shape)}"
             )
         if tensor.shape != shape:
-            meaning = "[B, D], one row per sample" if len(shape) == 2 else "[D], the hidden size"
+            meaning = meaning or ("[B, D], one row per sample" if len(shape) == 2 else "[D], the hidden size")
             raise ValueError(
                 f"{kernel}: {name} has shape {tuple(tensor.shape)}; for x of shape {tuple(x.shape)} it must be "
                 f"{tuple(shape)}, {meaning}; reshape or expand it"

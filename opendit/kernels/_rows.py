@@ -203,6 +203,13 @@ def normalize(h, t, EPS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL
     return mean, rstd, h * rstd[:, None], t * rstd[:, None]
 
 
+@triton.jit
+def normalize_by_root_mean_square(h, t, EPS: tl.constexpr, D: tl.constexpr):
+    """(rstd [ROWS], normalized head, normalized tail), with nothing subtracted; masked elements must be 0."""
+    rstd = tl.rsqrt(row_mean(h * h, t * t, D) + EPS)
+    return rstd, h * rstd[:, None], t * rstd[:, None]
+
+
 @triton.jit(do_not_specialize=["count", "width"])
 def _sum_programs(part_ptr, out_ptr, count, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """out[b, :] = sum over p of part[b, p, :], in the order of p."""

@@ -10,6 +10,8 @@ With n = (residual − mean) · rstd, a = weight · (1 + scale_b) and dm = d(mod
     dr = d(residual) + rstd · (g − mean_D(g) − n · mean_D(g · n))
     dx = dr;  dy = gate · dr;  dgate = Σ_L dr · y;  S0 = Σ_L dm;  S1 = Σ_L dm · n        the sums per sample
 
+Without a mean, these are the kernels of ``gate_residual_rmsnorm_modulate`` too: mean and mean_D(g) are 0 then.
+
 Where a block's backward asks for it, the same pass also gives S = Σ_L dr (Σ_B gate · S is the gradient of a bias that
 was added to y), and writes ``modulated`` again, so that the forward need not have kept it.
 """
@@ -43,6 +45,7 @@ from opendit.kernels._rows import (
     load_rows,
     load_vector,
     normalize,
+    normalize_by_root_mean_square,
     programs,
     register,
     row_mean,
@@ -113,6 +116,7 @@ def _fused_fwd(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
+    CENTER: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -144,8 +148,11 @@ def _fused_fwd(
         r_h = downcast(x_h + gate_h * y_h, dtype).to(tl.float32)
         r_t = downcast(x_t + gate_t * y_t, dtype).to(tl.float32)
         store_rows(residual_ptr, row * D, live, r_h, r_t, D, HEAD, TAIL)
-        mean, rstd, n_h, n_t = normalize(r_h, r_t, EPS, D, HEAD, TAIL)
-        tl.store(mean_ptr + row, mean, mask=live)
+        if CENTER:
+            mean, rstd, n_h, n_t = normalize(r_h, r_t, EPS, D, HEAD, TAIL)
+            tl.store(mean_ptr + row, mean, mask=live)
+        else:
+            rstd, n_h, n_t = normalize_by_root_mean_square(r_h, r_t, EPS, D)
         tl.store(rstd_ptr + row, rstd, mask=live)
         if QUANTIZE:
             store_quantized(out_ptr, scale8_ptr, row, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
@@ -186,6 +193,7 @@ def _fused_bwd(
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    CENTER: tl.constexpr,
     HAS_DR: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     WANT_DX: tl.constexpr,
@@ -224,17 +232,21 @@ def _fused_bwd(
         row = b * L + token
         dm_h, dm_t = load_rows(dm_ptr, b * dm_stride_b + token * dm_stride_l, live, D, HEAD, TAIL)
         r_h, r_t = load_rows(residual_ptr, row * D, live, D, HEAD, TAIL)
-        mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
+        if CENTER:
+            mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
-        # Where a tail element does not exist n is not 0, but dm and y are, so no sum sees it.
-        n_h, n_t = (r_h - mean) * rstd, (r_t - mean) * rstd
+        if CENTER:
+            # Where a tail element does not exist n is not 0, but dm and y are, so no sum sees it.
+            n_h, n_t = (r_h - mean) * rstd, (r_t - mean) * rstd
+        else:
+            n_h, n_t = r_h * rstd, r_t * rstd
         if WANT_SUMS:
             s0_h += tl.sum(dm_h, 0)
             s0_t += tl.sum(dm_t, 0)
             s1_h += tl.sum(dm_h * n_h, 0)
             s1_t += tl.sum(dm_t * n_t, 0)
         g_h, g_t = dm_h * a_h, dm_t * a_t
-        g = row_mean(g_h, g_t, D)[:, None]
+        g = row_mean(g_h, g_t, D)[:, None] if CENTER else 0.0
         gn = row_mean(g_h * n_h, g_t * n_t, D)[:, None]
         d_h, d_t = rstd * (g_h - g - n_h * gn), rstd * (g_t - g - n_t * gn)
         if HAS_DR:
@@ -275,10 +287,14 @@ def forward_fake(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward's outputs, unwritten: residual, modulated [B, L, D]; mean, rstd [B, L] float32."""
+    """The forward's outputs, unwritten: residual, modulated [B, L, D]; mean, rstd [B, L] float32.
+
+    Without ``center`` no mean is subtracted (RMSNorm), and mean is empty.
+    """
     B, L, _ = x.shape
-    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((B, n), dtype=torch.float32) for n in (L if center else 0, L))
     return gating.forward_fake(x, y, gate), x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
@@ -292,6 +308,7 @@ def launch_forward(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    center: bool = True,
     wrap: Any = direct,
     tile: Tile | None = None,
     *,
@@ -302,7 +319,7 @@ def launch_forward(
 
     scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
     """
-    outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype)
+    outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center)
     outputs = outputs if residual is None else (residual, *outputs[1:])
     if x.numel() == 0:
         return outputs
@@ -322,6 +339,7 @@ def launch_forward(
         ROWS=tile.rows,
         STAGES=tile.stages,
         EPS=eps,
+        CENTER=center,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         QUANTIZE=scale8 is not None,
@@ -343,6 +361,7 @@ def backward_fake(
     x_dtype: torch.dtype,
     sums_dtype: torch.dtype,
     want: list[bool],
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward's outputs, unwritten: dx, dy [B, L, D]; sums [B, K, D] = (dgate, S0, S1). Empty where not wanted.
 
@@ -370,6 +389,7 @@ def launch_backward(
     x_dtype: torch.dtype,
     sums_dtype: torch.dtype,
     want: list[bool],
+    center: bool = True,
     wrap: Any = direct,
     tile: Tile | None = None,
     *,
@@ -382,7 +402,8 @@ def launch_backward(
     want_sum: append S to the sums. modulated: [B, L, D], contiguous, where to write the forward's output again; that
     needs ``shift``, and a LayerNorm without a bias.
     """
-    dx, dy, sums = backward_fake(dr, dm, residual, y, gate, scale, weight, mean, rstd, x_dtype, sums_dtype, want)
+    fixed = (x_dtype, sums_dtype, want, center)
+    dx, dy, sums = backward_fake(dr, dm, residual, y, gate, scale, weight, mean, rstd, *fixed)
     if want_sum:
         sums = sums.new_empty((sums.shape[0], sums.shape[1] + 1, sums.shape[2]))
     if residual.numel() == 0:
@@ -407,6 +428,7 @@ def launch_backward(
         TAIL=TAIL,
         ROWS=tile.rows,
         STAGES=tile.stages,
+        CENTER=center,
         HAS_DR=dr is not None,
         HAS_WEIGHT=weight is not None,
         WANT_DX=want_dx,
@@ -423,7 +445,7 @@ def launch_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, gate, shift, scale, weight, bias, _, _ = inputs
+    x, y, gate, shift, scale, weight, bias, _, _, ctx.center = inputs
     residual, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # a gradient that is not there need not be read
     ctx.save_for_backward(residual, y, gate, scale, weight, bias, mean, rstd)
@@ -440,9 +462,10 @@ def _gradients(ctx: Any, dr: Tensor | None, dm: Tensor | None, launch: Any, laun
         dy, dgate = None, None
         if dr is not None and (want_dy or want_dgate):
             dy, dgate = launch_gating(dr, y, gate, want_dy, want_dgate)
-        return dx, dy if want_dy else None, dgate if want_dgate else None, *(None,) * 6
+        return dx, dy if want_dy else None, dgate if want_dgate else None, *(None,) * 7
     want = [want_dx, want_dy, want_dgate, any(rest)]
-    dx, dy, sums = launch(dr, dm, residual, y, gate, scale, weight, mean, rstd, ctx.x_dtype, ctx.sums_dtype, want)
+    fixed = (ctx.x_dtype, ctx.sums_dtype, want, ctx.center)
+    dx, dy, sums = launch(dr, dm, residual, y, gate, scale, weight, mean, rstd, *fixed)
     small: tuple[Tensor | None, ...] = (None,) * 4
     if any(rest):
         small = modulation_gradients(sums[:, want_dgate:], ctx.shift_dtype, scale, weight, bias)
@@ -451,6 +474,7 @@ def _gradients(ctx: Any, dr: Tensor | None, dm: Tensor | None, launch: Any, laun
         dy if want_dy else None,
         sums[:, 0].to(gate.dtype) if want_dgate else None,
         *small,
+        None,
         None,
         None,
     )
@@ -478,6 +502,14 @@ if forward_op is not None:
     forward_op.register_autograd(
         lambda ctx, dr, dm, *_: _gradients(ctx, dr, dm, backward_op, gating.backward_op), setup_context=_save
     )
+
+
+def apply(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The Triton path: (x, y, gate, shift, scale, weight, bias, eps, out_dtype, center) to (residual, modulated)."""
+    if torch.compiler.is_compiling():
+        residual, modulated, _, _ = forward_op(*inputs)
+        return residual, modulated
+    return _GateResidualLayerNormModulate.apply(*inputs)
 
 
 def gate_residual_layernorm_modulate(
@@ -527,11 +559,7 @@ def gate_residual_layernorm_modulate(
         return gate_residual_layernorm_modulate_reference(
             x, y, gate, shift, scale, weight=weight, bias=bias, eps=eps, out_dtype=out_dtype
         )
-    inputs = (x, y, gate, shift, scale, weight, bias, eps, out_dtype or promote(x, y, gate, shift, scale))
-    if torch.compiler.is_compiling():
-        residual, modulated, _, _ = forward_op(*inputs)
-        return residual, modulated
-    return _GateResidualLayerNormModulate.apply(*inputs)
+    return apply(x, y, gate, shift, scale, weight, bias, eps, out_dtype or promote(x, y, gate, shift, scale), True)
 
 
 def _upstream(x, y, gate, shift, scale, *, weight=None, bias=None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def layernorm(
     if chosen == "apex":
         return _apex(x, weight, bias, eps).to(out_dtype or x.dtype)
     rows = x.reshape(1, x.numel() // D, D)
-    return apply(rows, None, None, weight, bias, eps, out_dtype or x.dtype).view(x.shape)
+    return apply(rows, None, None, weight, bias, eps, out_dtype or x.dtype, True).view(x.shape)
 
 
 def _apex(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -100,4 +100,5 @@ SPEC = KernelSpec(
     inputs={"x": "BLD", "weight": "D?", "bias": "D?"},
     outputs=("normalized",),
     backward_moves=("d_normalized", "x", "d_x"),
+    usual=("weight", "bias"),
 )

@@ -10,6 +10,8 @@ With n = (x − mean) · rstd, a = weight · (1 + scale_b) and do = d(out), the 
     dshift = S0;  dscale = weight · S1 + bias · S0
     dweight = Σ_b (1 + scale_b) · S1;  dbias = Σ_b (1 + scale_b) · S0
 
+Without a mean, these are the kernels of ``rmsnorm_modulate`` too: mean and mean_D(g) are 0 then.
+
 Where a block's backward asks for it, the same pass adds the residual stream's gradient to dx, and writes ``out`` again,
 so that the forward need not have kept it.
 """
@@ -43,6 +45,7 @@ from opendit.kernels._rows import (
     load_rows,
     load_vector,
     normalize,
+    normalize_by_root_mean_square,
     programs,
     register,
     row_mean,
@@ -101,6 +104,7 @@ def _layernorm_modulate_fwd(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
+    CENTER: tl.constexpr,
     HAS_MODULATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -131,9 +135,13 @@ def _layernorm_modulate_fwd(
         live = token < last
         token = token.to(tl.int64)  # offsets pass 2**31 elements
         x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        mean, rstd, n_h, n_t = normalize(x_h, x_t, EPS, D, HEAD, TAIL)
+        if CENTER:
+            mean, rstd, n_h, n_t = normalize(x_h, x_t, EPS, D, HEAD, TAIL)
+        else:
+            rstd, n_h, n_t = normalize_by_root_mean_square(x_h, x_t, EPS, D)
         row = b * L + token
-        tl.store(mean_ptr + row, mean, mask=live)
+        if CENTER:
+            tl.store(mean_ptr + row, mean, mask=live)
         tl.store(rstd_ptr + row, rstd, mask=live)
         if QUANTIZE:
             store_quantized(out_ptr, scale8_ptr, row, live, n_h * a_h + c_h, n_t * a_t + c_t, D, HEAD, TAIL)
@@ -168,6 +176,7 @@ def _layernorm_modulate_bwd(
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    CENTER: tl.constexpr,
     HAS_MODULATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DR: tl.constexpr,
@@ -201,10 +210,14 @@ def _layernorm_modulate_bwd(
         row = b * L + token
         do_h, do_t = load_rows(dout_ptr, b * dout_stride_b + token * dout_stride_l, live, D, HEAD, TAIL)
         x_h, x_t = load_rows(x_ptr, b * x_stride_b + token * x_stride_l, live, D, HEAD, TAIL)
-        mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
+        if CENTER:
+            mean = tl.load(mean_ptr + row, mask=live, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[:, None]
-        # Where a tail element does not exist n is not 0, but do is, so no sum sees it.
-        n_h, n_t = (x_h - mean) * rstd, (x_t - mean) * rstd
+        if CENTER:
+            # Where a tail element does not exist n is not 0, but do is, so no sum sees it.
+            n_h, n_t = (x_h - mean) * rstd, (x_t - mean) * rstd
+        else:
+            n_h, n_t = x_h * rstd, x_t * rstd
         if WANT_SUMS:
             s0_h += tl.sum(do_h, 0)
             s0_t += tl.sum(do_t, 0)
@@ -212,7 +225,7 @@ def _layernorm_modulate_bwd(
             s1_t += tl.sum(do_t * n_t, 0)
         if WANT_DX:
             g_h, g_t = do_h * a_h, do_t * a_t
-            g = row_mean(g_h, g_t, D)[:, None]
+            g = row_mean(g_h, g_t, D)[:, None] if CENTER else 0.0
             gn = row_mean(g_h * n_h, g_t * n_t, D)[:, None]
             dx_h, dx_t = rstd * (g_h - g - n_h * gn), rstd * (g_t - g - n_t * gn)
             if HAS_DR:
@@ -235,10 +248,14 @@ def forward_fake(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward's outputs, unwritten: out [B, L, D] in out_dtype; mean, rstd [B, L] float32."""
+    """The forward's outputs, unwritten: out [B, L, D] in out_dtype; mean, rstd [B, L] float32.
+
+    Without ``center`` no mean is subtracted (RMSNorm), and mean is empty.
+    """
     B, L, _ = x.shape
-    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((B, n), dtype=torch.float32) for n in (L if center else 0, L))
     return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
@@ -250,6 +267,7 @@ def launch_forward(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    center: bool = True,
     wrap: Any = direct,
     tile: Tile | None = None,
     *,
@@ -259,7 +277,7 @@ def launch_forward(
 
     scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
     """
-    out, mean, rstd = forward_fake(x, shift, scale, weight, bias, eps, out_dtype)
+    out, mean, rstd = forward_fake(x, shift, scale, weight, bias, eps, out_dtype, center)
     if x.numel() == 0:
         return out, mean, rstd
     x = dense_rows(x)
@@ -278,6 +296,7 @@ def launch_forward(
         ROWS=tile.rows,
         STAGES=tile.stages,
         EPS=eps,
+        CENTER=center,
         HAS_MODULATION=scale is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
@@ -297,6 +316,7 @@ def backward_fake(
     sums_dtype: torch.dtype,
     want_dx: bool,
     want_sums: bool,
+    center: bool,
 ) -> tuple[Tensor, Tensor]:
     """The backward's outputs, unwritten: dx [B, L, D]; (S0, S1) [B, 2, D]. What is not wanted is empty."""
     B, _, D = x.shape
@@ -316,6 +336,7 @@ def launch_backward(
     sums_dtype: torch.dtype,
     want_dx: bool,
     want_sums: bool,
+    center: bool = True,
     wrap: Any = direct,
     tile: Tile | None = None,
     *,
@@ -329,7 +350,8 @@ def launch_backward(
     dr: [B, L, D], contiguous, what to add to dx. out: [B, L, D], contiguous, where to write the forward's output again;
     that needs ``shift``, and a LayerNorm without a bias.
     """
-    new_dx, sums = backward_fake(dout, x, scale, weight, mean, rstd, sums_dtype, want_dx and dx is None, want_sums)
+    want_new = want_dx and dx is None
+    new_dx, sums = backward_fake(dout, x, scale, weight, mean, rstd, sums_dtype, want_new, want_sums, center)
     dx = new_dx if dx is None else dx
     if x.numel() == 0:
         return dx, sums.zero_()
@@ -349,6 +371,7 @@ def launch_backward(
         TAIL=TAIL,
         ROWS=tile.rows,
         STAGES=tile.stages,
+        CENTER=center,
         HAS_MODULATION=scale is not None,
         HAS_WEIGHT=weight is not None,
         HAS_DR=dr is not None,
@@ -393,7 +416,7 @@ def modulation_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, weight, bias, _, _ = inputs
+    x, shift, scale, weight, bias, _, _, ctx.center = inputs
     ctx.save_for_backward(x, scale, weight, bias, *output[1:])
     ctx.shift_dtype = None if shift is None else shift.dtype
     ctx.sums_dtype = sums_dtype(shift, scale, weight, bias)
@@ -402,9 +425,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, dout: Tensor, launch: Any) -> tuple[Tensor | None, ...]:
     x, scale, weight, bias, mean, rstd = ctx.saved_tensors
     want_dx, *rest = ctx.needs_input_grad[:5]
-    dx, sums = launch(dout, x, scale, weight, mean, rstd, ctx.sums_dtype, want_dx, any(rest))
+    dx, sums = launch(dout, x, scale, weight, mean, rstd, ctx.sums_dtype, want_dx, any(rest), ctx.center)
     small = modulation_gradients(sums, ctx.shift_dtype, scale, weight, bias) if any(rest) else (None,) * 4
-    return (dx if want_dx else None, *small, None, None)
+    return (dx if want_dx else None, *small, None, None, None)
 
 
 class _LayerNormModulate(torch.autograd.Function):
@@ -430,7 +453,7 @@ if forward_op is not None:
 
 
 def apply(*inputs: Any) -> Tensor:
-    """The Triton path: (x, shift, scale, weight, bias, eps, out_dtype) to out, differentiable."""
+    """The Triton path: (x, shift, scale, weight, bias, eps, out_dtype, center) to out, differentiable."""
     if torch.compiler.is_compiling():
         return forward_op(*inputs)[0]
     return _LayerNormModulate.apply(*inputs)
@@ -475,7 +498,7 @@ def layernorm_modulate(
     check_out_dtype(name, out_dtype)
     if resolve(backend, name, x.device, D, has_double(x, shift, scale, weight, bias)) == "reference":
         return layernorm_modulate_reference(x, shift, scale, weight=weight, bias=bias, eps=eps, out_dtype=out_dtype)
-    return apply(x, shift, scale, weight, bias, eps, out_dtype or promote(x, shift, scale))
+    return apply(x, shift, scale, weight, bias, eps, out_dtype or promote(x, shift, scale), True)
 
 
 def _upstream(x: Tensor, shift: Tensor, scale: Tensor, *, weight=None, bias=None, eps: float = 1e-6) -> Tensor:

@@ -22,10 +22,13 @@ from opendit.kernels import fp8
 from opendit.kernels.backend import resolve
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
+from opendit.kernels.gate_residual_rmsnorm_modulate import gate_residual_rmsnorm_modulate
 from opendit.kernels.layernorm_modulate import layernorm_modulate
+from opendit.kernels.rmsnorm_modulate import rmsnorm_modulate
 from opendit.patch.block import Static, adaln_block
 from opendit.patch.core import Patched, autocast_dtype, hooked
 from opendit.patch.parts import AttentionParts, MlpParts, parts_of, plain_linear
+from opendit.patch.rms_norm import must_be_called
 
 Sublayer = Callable[[Tensor], Tensor]
 Ada = nn.Module | tuple[nn.Module, ...]
@@ -42,18 +45,40 @@ class FusedAdaLN(Patched):
     # How a block can be computed: "parts", "whole"; nothing for what is no block.
     ways: ClassVar[tuple[str, ...]] = ()
 
-    def _modulated(self, x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
-        """norm(x)·(1 + scale) + shift, for a sublayer."""
-        return layernorm_modulate(
-            x,
-            shift,
-            scale,
-            weight=norm.weight,
-            bias=norm.bias,
-            eps=norm.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("layernorm_modulate"),
+    def _modulated(self, x: Tensor, norm: Any, shift: Tensor, scale: Tensor) -> Tensor:
+        """norm(x)·(1 + scale) + shift, for a sublayer; norm is a LayerNorm or a root mean square norm."""
+        out_dtype = self._sublayer_dtype(x)
+        if isinstance(norm, nn.LayerNorm):
+            kernel = self._kernel("layernorm_modulate")
+            affine = {"weight": norm.weight, "bias": norm.bias}
+            return layernorm_modulate(x, shift, scale, **affine, eps=norm.eps, out_dtype=out_dtype, backend=kernel)
+        if must_be_called(norm, x.dtype):
+            return torch.addcmul(shift.unsqueeze(1), norm(x), 1 + scale.unsqueeze(1))
+        kernel = self._kernel("rmsnorm_modulate")
+        return rmsnorm_modulate(x, shift, scale, weight=norm.weight, eps=norm.eps, out_dtype=out_dtype, backend=kernel)
+
+    def _gated_and_modulated(
+        self, x: Tensor, y: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(r, norm(r)·(1 + scale) + shift) with r = x + gate·y."""
+        out_dtype = self._sublayer_dtype(x)
+        if isinstance(norm, nn.LayerNorm):
+            kernel = self._kernel("gate_residual_layernorm_modulate")
+            affine = {"weight": norm.weight, "bias": norm.bias}
+            return gate_residual_layernorm_modulate(
+                x, y, gate, shift, scale, **affine, eps=norm.eps, out_dtype=out_dtype, backend=kernel
+            )
+        if must_be_called(norm, x.dtype):
+            x = gate_residual(x, y, gate, backend=self._kernel("gate_residual"))
+            return x, self._modulated(x, norm, shift, scale)
+        kernel = self._kernel("gate_residual_rmsnorm_modulate")
+        return gate_residual_rmsnorm_modulate(
+            x, y, gate, shift, scale, weight=norm.weight, eps=norm.eps, out_dtype=out_dtype, backend=kernel
         )
+
+    def _cut(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """shift, scale, gate for attn, then for mlp, each [B, D], of [B, 6·D]."""
+        return modulation.chunk(6, dim=1)
 
     def _block(
         self, x: Tensor, c: Tensor, ada: Ada, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
@@ -98,32 +123,21 @@ class FusedAdaLN(Patched):
         self,
         x: Tensor,
         modulation: Tensor,
-        norm_a: nn.LayerNorm,
+        norm_a: nn.Module,
         attn: Sublayer,
-        norm_m: nn.LayerNorm,
+        norm_m: nn.Module,
         mlp: Sublayer,
         cross: Sublayer | None = None,
     ) -> Tensor:
         """`cross`: a sublayer between the two that is neither modulated nor gated, x ← x + cross(x)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._cut(modulation)
         y = attn(self._modulated(x, norm_a, shift_a, scale_a))
         if cross is not None:
             x = gate_residual(x, y, gate_a, backend=self._kernel("gate_residual"))
             y = cross(x)
             # Added with a gate of one, it shares the pass of the norm. In y's dtype: no wider than upstream's sum.
             gate_a = y.new_ones(gate_a.shape)
-        x, h = gate_residual_layernorm_modulate(
-            x,
-            y,
-            gate_a,
-            shift_m,
-            scale_m,
-            weight=norm_m.weight,
-            bias=norm_m.bias,
-            eps=norm_m.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("gate_residual_layernorm_modulate"),
-        )
+        x, h = self._gated_and_modulated(x, y, gate_a, norm_m, shift_m, scale_m)
         return gate_residual(x, mlp(h), gate_m, backend=self._kernel("gate_residual"))
 
     def _whole(
@@ -246,3 +260,4 @@ def _why_spread_in_parts(sequence: Sequence, heads: int) -> str | None:
 
 
 BLOCK_KERNELS = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")
+RMS_BLOCK_KERNELS = ("rmsnorm_modulate", "gate_residual_rmsnorm_modulate", "gate_residual")

@@ -21,9 +21,10 @@ from opendit.patch.mlp import plan_mlp
 from opendit.patch.planner import Planner, has, parameters_of_forward, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
 from opendit.patch.registry import Trait
+from opendit.patch.rms_norm import NormStandIn, is_rms_norm, plan_rms_norms
 
-_BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
-_HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
+BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
 
 TRAITS = (
     Trait(
@@ -36,11 +37,11 @@ TRAITS = (
     ),
     Trait(
         "every block has norm1, attn, norm2, mlp and adaLN_modulation",
-        lambda m: all(has(b, *_BLOCK_PARTS) for b in m.blocks),
+        lambda m: all(has(b, *BLOCK_PARTS) for b in m.blocks),
     ),
     Trait(
         "final_layer has norm_final, linear and adaLN_modulation",
-        lambda m: has(m.final_layer, *_HEAD_PARTS),
+        lambda m: has(m.final_layer, *HEAD_PARTS),
     ),
 )
 
@@ -58,7 +59,7 @@ class FusedBlock(FusedAdaLN):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         values = self._positional(args, kwargs)
-        reason = _unusual(values, self.norm1, self.norm2)
+        reason = unusual(values, self.norm1, self.norm2)
         if values is None or reason is not None:
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
@@ -81,7 +82,7 @@ class FusedHead(FusedAdaLN):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         values = self._positional(args, kwargs)
-        reason = _unusual(values, self.norm_final)
+        reason = unusual(values, self.norm_final)
         if values is None or reason is not None:
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
@@ -95,9 +96,21 @@ class FusedHeadInFull(FusedHead):
     casts_for_linear = False
 
 
-def _unusual(values: tuple[Any, ...] | None, *norms: nn.Module) -> str | None:
-    """Why upstream's forward must run instead of the fused one, this time."""
-    if not untouched(*norms):
+class FusedRMSHead(FusedHead):
+    """The final layer with RMSNorm+modulate in one pass."""
+
+    uses = ("rmsnorm_modulate",)
+
+
+class FusedRMSHeadInFull(FusedRMSHead):
+    """The same for a linear that must be given upstream's fp32 under autocast."""
+
+    casts_for_linear = False
+
+
+def unusual(values: tuple[Any, ...] | None, *norms: nn.Module) -> str | None:
+    """Why upstream's forward must run instead of the fused one, this time; values: (tokens, condition, …)."""
+    if not all(untouched(norm) or is_rms_norm(norm) for norm in norms):
         return "something was put on or in place of its norms"
     if values is not None and (values[1].dim() != 2 or values[1].shape[0] != values[0].shape[0]):
         return "the condition is not one row per sample"
@@ -120,20 +133,20 @@ class AnyDtypeTimesteps(Patched):
         return self.mlp(sinusoid.to(first.weight.dtype))
 
 
-def plan_modules(model: Any, planner: Planner, plan_attention: Callable[[Planner, str, Any], None]) -> None:
+def plan_modules(model: Any, planner: Planner, plan_attention: Callable[[Planner, str, Any], object]) -> None:
     """Plans every block, the head and the timestep embedder; what is inside `attn` is the family's own affair."""
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
         _plan_block(planner, name, block)
         plan_attention(planner, f"{name}.attn", block.attn)
         plan_mlp(planner, f"{name}.mlp", block.mlp)
-    _plan_head(planner, model.final_layer)
-    if planner.edits:
-        _plan_timesteps(planner, model.t_embedder)
+    plan_head(planner, model.final_layer)
+    plan_timesteps(planner, model.t_embedder)
 
 
-def _plan_timesteps(planner: Planner, embedder: Any) -> None:
-    if (
+def plan_timesteps(planner: Planner, embedder: Any) -> None:
+    """Plans the timestep embedder of a model in which something else is changed."""
+    if not planner.edits or (
         not has(embedder, "mlp", "frequency_embedding_size", "timestep_embedding")
         or parameters_of_forward(embedder)[1:] not in ((), ("use_fp16",))
         or set(own_attributes(embedder)) != {"frequency_embedding_size"}
@@ -152,8 +165,8 @@ def _plan_timesteps(planner: Planner, embedder: Any) -> None:
 
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
     width = block.norm1.normalized_shape[0] if plain_layernorm(block.norm1) else 0
-    if set(dict(block.named_children())) != _BLOCK_PARTS:
-        planner.keep(name, f"its parts are not exactly {', '.join(sorted(_BLOCK_PARTS))}")
+    if set(dict(block.named_children())) != BLOCK_PARTS:
+        planner.keep(name, f"its parts are not exactly {', '.join(sorted(BLOCK_PARTS))}")
     elif not width or not plain_layernorm(block.norm2, width):
         planner.keep(name, "its norms are not torch's LayerNorm over one same dimension")
     elif len(parameters_of_forward(block)) != 2:
@@ -167,30 +180,41 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
             block,
             FusedBlock if low else FusedBlockInFull,
             "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each",
-            [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
+            [tokens_and_condition(3, width), tokens_and_condition(70, width)],
             bypassed=(block.norm1, block.norm2),
             stand_ins={"attn": StandIn(width), "mlp": StandIn(width)},
         )
 
 
-def _tokens_and_condition(length: int, width: int) -> Inputs:
+def tokens_and_condition(length: int, width: int) -> Inputs:
     return lambda dtype: (torch.randn(2, length, width, dtype=dtype), torch.randn(2, width, dtype=dtype))
 
 
-def _plan_head(planner: Planner, head: Any) -> None:
+def plan_head(planner: Planner, head: Any) -> None:
+    """Plans the final layer, with torch's LayerNorm or a root mean square norm."""
     parts = set(dict(head.named_children()))
-    if parts != _HEAD_PARTS or not plain_layernorm(head.norm_final) or len(parameters_of_forward(head)) != 2:
-        planner.keep("final_layer", f"it is not {', '.join(sorted(_HEAD_PARTS))} with torch's LayerNorm on (x, c)")
+    if parts != HEAD_PARTS or not has(head, "linear.weight") or len(parameters_of_forward(head)) != 2:
+        planner.keep("final_layer", f"it is not {', '.join(sorted(HEAD_PARTS))} on (x, c)")
         return
     if own_attributes(head):
         planner.keep("final_layer", f"its forward may read what it stores: {', '.join(own_attributes(head))}")
         return
-    width = head.norm_final.normalized_shape[0]
-    planner.offer(
+    width = head.linear.weight.shape[1]
+    norm, layer = head.norm_final, plain_layernorm(head.norm_final, width)
+    norms = None if layer else plan_rms_norms(planner, {"final_layer.norm_final": norm}, width, "final_layer")
+    if not layer and norms is None:
+        planner.keep("final_layer", "its norm is neither torch's LayerNorm nor a root mean square norm")
+        return
+    low = planner.once(reads_low_precision, head.linear, width)
+    fused = (FusedHead if low else FusedHeadInFull) if layer else (FusedRMSHead if low else FusedRMSHeadInFull)
+    planned = planner.offer(
         "final_layer",
         head,
-        FusedHead if planner.once(reads_low_precision, head.linear, width) else FusedHeadInFull,
-        "LayerNorm+modulate: one pass",
-        [_tokens_and_condition(3, width), _tokens_and_condition(70, width)],
-        bypassed=(head.norm_final,),
+        fused,
+        f"{'LayerNorm' if layer else 'RMSNorm'}+modulate: one pass",
+        [tokens_and_condition(3, width), tokens_and_condition(70, width)],
+        bypassed=(norm,),
+        stand_ins={} if layer else {"norm_final": NormStandIn(norm, width)},
     )
+    if planned and norms is not None:
+        norms()

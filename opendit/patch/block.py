@@ -190,11 +190,11 @@ def _short(attention: str, qkv: Tensor) -> bool:
 
 
 def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return norm.forward_fake(*inputs)
+    return norm.forward_fake(*(*inputs, True))
 
 
 def _fused_fake(*inputs: Any, scale8: Tensor | None = None, residual: Tensor | None = None) -> Any:
-    outputs = fused.forward_fake(*inputs)
+    outputs = fused.forward_fake(*(*inputs, True))
     return outputs if residual is None else (residual, *outputs[1:])
 
 

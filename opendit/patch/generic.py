@@ -66,7 +66,7 @@ def _plan(planner: Planner, name: str, module: Any) -> bool:
         diffusers_parts.plan_feed_forward(planner, name, module)
     elif has(module, "num_heads", "qkv.weight", "proj", "attn_drop", "proj_drop"):
         dit.plan_attention(planner, name, module)
-    elif has(module, "fc1.weight", "act", "fc2.weight"):
+    elif has(module, "fc1.weight", "act", "fc2.weight") or has(module, "w12.weight", "w3.weight"):
         plan_mlp(planner, name, module)
     elif re.search("attn|attention", type(module).__name__, re.IGNORECASE) and any(module.children()):
         planner.keep(

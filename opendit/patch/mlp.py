@@ -1,6 +1,9 @@
-"""The transformer's MLP, x → fc2(GELU(fc1(x))), with the GELU in one pass each way.
+"""The transformer's MLP with what stands between its linears in one pass each way.
 
-Shapes: x [B, L, D], fc1 D → F, fc2 F → D.
+    x → fc2(GELU(fc1(x)))                                  fc1 D → F, fc2 F → D
+    x → w3(SiLU(a) · b),  (a, b) the halves of w12(x)      w12 D → 2·F, w3 F → D
+
+Shapes: x [B, L, D].
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from opendit.kernels.gelu import APPROXIMATIONS, gelu
+from opendit.kernels.swiglu import swiglu
 from opendit.patch.core import hooked
 from opendit.patch.parts import MlpParts, Sublayer, off, plain_linear
 from opendit.patch.planner import Planner, has, parameters_of_forward
@@ -46,9 +50,27 @@ class FusedMlp(Sublayer):
         return MlpParts(self.fc1, self.fc2, self.act.approximate == "tanh")
 
 
+class FusedSwiGLU(Sublayer):
+    """DINOv2's SwiGLUFFN, and those copied from it."""
+
+    uses = ("swiglu",)
+    w12: nn.Linear
+    w3: nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            return self._upstream("its input is not [B, L, D]", x)
+        return self.w3(swiglu(self.w12(x), backend=self._kernel("swiglu")))
+
+    def _parts(self) -> MlpParts | str:
+        return "it is a gated one"
+
+
 def plan_mlp(planner: Planner, name: str, mlp: Any) -> None:
-    """Offers `FusedMlp` for a module built like timm's Mlp, or says why not."""
-    if not has(mlp, "fc1.weight", "act", "fc2.weight") or len(parameters_of_forward(mlp)) != 1:
+    """Offers the mixin for a module built like timm's Mlp or DINOv2's SwiGLUFFN, or says why not."""
+    if has(mlp, "w12.weight", "w3.weight"):
+        _plan_swiglu(planner, name, mlp)
+    elif not has(mlp, "fc1.weight", "act", "fc2.weight") or len(parameters_of_forward(mlp)) != 1:
         planner.keep(name, "it is not built like timm's Mlp (fc1, act, fc2)")
     elif type(mlp.act) is not nn.GELU or mlp.act.approximate not in APPROXIMATIONS:
         planner.keep(name, f"its activation is {mlp.act}, not torch's GELU")
@@ -58,6 +80,15 @@ def plan_mlp(planner: Planner, name: str, mlp: Any) -> None:
         planner.keep(name, f"its forward may read what it stores: {', '.join(own_attributes(mlp))}")
     else:
         planner.offer(name, mlp, FusedMlp, "GELU: one pass", tokens(mlp.fc1.weight.shape[1]), bypassed=(mlp.act,))
+
+
+def _plan_swiglu(planner: Planner, name: str, mlp: Any) -> None:
+    if set(dict(mlp.named_children())) != {"w12", "w3"} or len(parameters_of_forward(mlp)) != 1:
+        planner.keep(name, "it is not built like DINOv2's SwiGLUFFN (w12 and w3, on tokens alone)")
+    elif own_attributes(mlp):
+        planner.keep(name, f"its forward may read what it stores: {', '.join(own_attributes(mlp))}")
+    else:
+        planner.offer(name, mlp, FusedSwiGLU, "SiLU(a) · b: one pass", tokens(mlp.w12.weight.shape[1]))
 
 
 def tokens(width: int) -> Inputs:

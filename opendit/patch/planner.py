@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from opendit.patch.core import Edit, Kept, Patched, hooked
 from opendit.patch.probe import Inputs, disagreement, signature
+
+AnswerT = TypeVar("AnswerT")
 
 
 class Planner:
@@ -20,7 +22,7 @@ class Planner:
         self.kept: list[Kept] = []
         self._taken_over: set[int] = set()
         self._verdicts: dict[Any, str | None] = {}
-        self._answers: dict[Any, bool] = {}
+        self._answers: dict[Any, object] = {}
 
     def keep(self, fqn: str, why: str) -> None:
         self.kept.append(Kept(fqn, why))
@@ -57,12 +59,16 @@ class Planner:
         self._taken_over.update(id(module) for module in bypassed)
         return True
 
-    def once(self, question: Callable[..., bool], module: nn.Module, *args: Any) -> bool:
+    def edit(self, fqn: str, mixin: type[Patched], what: str) -> None:
+        """Plans `mixin` for a module that was looked at already."""
+        self.edits.append(Edit(fqn, mixin, what))
+
+    def once(self, question: Callable[..., AnswerT], module: nn.Module, *args: Any) -> AnswerT:
         """The answer to a question about a module, asked once for all modules built alike."""
         key = (question, signature(module), *args)
         if key not in self._answers:
             self._answers[key] = question(module, *args)
-        return self._answers[key]
+        return cast(AnswerT, self._answers[key])
 
     def took_over(self, module: nn.Module) -> bool:
         """Whether an edit planned so far does this module's work."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -127,9 +128,15 @@ def _neutral() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
+        _uncompiled(),
     ):
         _seed(0)
         yield
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """What a model's author put under `torch.compile` runs as it is written, for compiling takes minutes."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _seed(seed: int) -> None:
@@ -189,8 +196,8 @@ def _small_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], dtype: to
     shell.__dict__ = dict(module.__dict__)
     shell._modules = {**module._modules, **stand_ins}
     # The copy starts on the meta device: neither memory nor the model's own values are needed. Hooks, which may hold
-    # anything, are not copied.
-    buffers = {name: b.detach().to("cpu", copy=True) for name, b in shell.named_buffers()}
+    # anything, are not copied. Buffers that have no values yet get some.
+    buffers = {name: b.detach().to("cpu", copy=True) if not b.is_meta else _any(b) for name, b in shell.named_buffers()}
     memo: dict[int, Any] = {id(p): _blank(p) for p in shell.parameters()}
     for child in shell.modules():
         for hooks in _hooks(child):
@@ -205,6 +212,11 @@ def _small_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], dtype: to
         for name, buffer in twin.named_buffers():
             buffer.copy_(buffers[name])
     return twin
+
+
+def _any(buffer: torch.Tensor) -> torch.Tensor:
+    like = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return like.normal_() if buffer.is_floating_point() else like
 
 
 def _hooks(module: nn.Module) -> list[Any]:

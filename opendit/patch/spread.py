@@ -9,6 +9,7 @@ All else in a block must treat tokens one by one, and norms of q and k one head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from opendit.attention import attend, blockwise
 from opendit.fastseq import Projection, SelfAttention, inputs, methods
 from opendit.fastseq.collectives import gather_tokens, split_tokens
 from opendit.fastseq.method import Pair
+from opendit.fastseq.shards import total_length
 from opendit.patch.core import Patched, autocast_dtype
 from opendit.patch.parts import Sublayer, plain_linear
 
@@ -87,6 +89,10 @@ class OnPart(Patched):
         sequence = self._opendit_sequence
         return sequence is not None and sequence.in_attention
 
+    def _length(self, x: Tensor) -> int:
+        """How many tokens the sequence has of which x [B, l, D] holds all, or a part."""
+        return total_length(x.shape[1], self._opendit_sequence.size) if self._in_parts_of_a_sequence() else x.shape[1]
+
     def _upstream(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         if self._in_parts_of_a_sequence():
             refuse(
@@ -110,14 +116,19 @@ class SpreadAttention(OnPart, Sublayer):
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
-    def _spread(self, x: Tensor, heads: int) -> Tensor:
-        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection."""
+    def _spread(
+        self, x: Tensor, heads: int, normalise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection.
+
+        normalise: instead of `_normalise`, where that depends on which tokens they are; see `SelfAttention`.
+        """
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
             project=self._project,
             projection=_projection(x, tuple(getattr(self, name) for name in self.projections)),
-            normalise=self._normalise,
+            normalise=normalise or (lambda q, k, first: self._normalise(q, k)),
             attend=self._attend,
             pair=_PAIR,
         )

@@ -28,7 +28,8 @@ tiny_of = {t.name: t for t in TINY if t.name in NAMES}
 def cases(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in ("fastseq", "ring", "switch"):  # the collectives of the others are among theirs
-        found[f"compiled/{method}"] = functools.partial(compiled, method, world)
+        found[f"compiled/{method}"] = functools.partial(compiled, method, world, name_of(method))
+    found["compiled/turned by positions"] = functools.partial(compiled, "ulysses", world, "lightningdit")
     for name in NAMES:
         found[f"inference/{name}"] = functools.partial(inference, name, world)
         found[f"copies/{name}"] = functools.partial(copies, name, world)
@@ -78,10 +79,10 @@ def _error(model: nn.Module, plain: nn.Module, name: str, **options: Any) -> flo
     return worst(_averaged(found), run(plain, tiny, **options))[0]
 
 
-def compiled(method: str, world: int) -> float:
-    plain = build(tiny_of[name_of(method)], torch.float64)
+def compiled(method: str, world: int, name: str) -> float:
+    plain = build(tiny_of[name], torch.float64)
     model = torch.compile(spread(twin(plain), method, world), fullgraph=True, backend="aot_eager")
-    return _error(model, plain, name_of(method))
+    return _error(model, plain, name)
 
 
 def compiled_blocks(name: str, world: int) -> float:

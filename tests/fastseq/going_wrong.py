@@ -14,12 +14,13 @@ import opendit
 from opendit.fastseq import collectives, fastseq, ops, project, ring, ulysses
 from opendit.fastseq.ops import Line
 from opendit.patch.core import notes
+from opendit.patch.families.lightningdit import RotaryAttention
 from tests.comparing import build, twin
 from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, Tiny
 
-_TINY = next(t for t in TINY if t.name == "dit")
+_TINY, _TURNED = (next(t for t in TINY if t.name == name) for name in ("dit", "lightningdit"))
 
 
 @contextlib.contextmanager
@@ -35,19 +36,28 @@ def planted(owner: Any, name: str, wrong: Any) -> Iterator[None]:
 def cases(world: int) -> dict[str, Any]:
     mutants = {name: functools.partial(_mutant, world, *found) for name, found in MUTANTS.items()}
     honest = {f"honest/{m}": functools.partial(_mutant, world, m, contextlib.nullcontext) for m in METHODS}
-    return {**honest, **mutants, **{n: functools.partial(f, world) for n, f in INPUTS.items()}}
+    positions = {f"positions of the first tokens, {m}": functools.partial(_at_zero, world, m) for m in POSITIONS}
+    return {**honest, **mutants, **positions, **{n: functools.partial(f, world) for n, f in INPUTS.items()}}
 
 
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring")
+# What turns q and k by their tokens' positions: a part's begin elsewhere, except where all tokens were gathered.
+POSITIONS = ("ulysses", "ring")
 
 
-def _mutant(world: int, method: str, mistake: Callable[[], Any]) -> float:
+def _mutant(world: int, method: str, mistake: Callable[[], Any], tiny: Tiny = _TINY) -> float:
     """The worst relative error of a gradient with the mistake in place; two processes share a sequence."""
-    plain = build(_TINY, torch.float64)
+    plain = build(tiny, torch.float64)
     with mistake():
         model = spread(twin(plain), method, 2)
-        found = parity.together(model, _TINY, 1)
-        return parity.errors(found, parity.alone(plain, _TINY, world // 2, 1))[1]
+        found = parity.together(model, tiny, 1)
+        return parity.errors(found, parity.alone(plain, tiny, world // 2, 1))[1]
+
+
+def _at_zero(world: int, method: str) -> float:
+    original = RotaryAttention._normalise_and_turn
+    wrong = lambda self, turns, q, k, first: original(self, turns, q, k, 0)  # noqa: E731
+    return _mutant(world, method, lambda: planted(RotaryAttention, "_normalise_and_turn", wrong), _TURNED)
 
 
 def _rescaled(function: type, factor: float) -> Callable[[], Any]:

@@ -17,7 +17,10 @@ def test_nothing_is_wrong_without_them(method: str):
     assert max(found(f"honest/{method}")) <= 1e-8
 
 
-@pytest.mark.parametrize("mutant", going_wrong.MUTANTS)
+ALL = [*going_wrong.MUTANTS, *(f"positions of the first tokens, {method}" for method in going_wrong.POSITIONS)]
+
+
+@pytest.mark.parametrize("mutant", ALL)
 def test_caught(mutant: str):
     assert min(found(mutant)) >= 1e-2
 

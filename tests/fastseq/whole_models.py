@@ -20,13 +20,16 @@ REGATHER = ("fastseq-regather", "fastseq-overlapped-regather")
 CHECKPOINTING = ("no", "reentrant", "non-reentrant")
 MICROS = (1, 2)
 # The first tiny model of each family that can be spread: four heads and three, 9 tokens, neither divides. Norms with
-# weights on q and k, heads of 20: with two processes only.
+# weights on q and k, heads of 20: with two processes only. LightningDiT turns q and k by positions.
 # Latte: 3 frames and 5, the last two of them images; 4 tokens of a frame; its positions in time are trained too.
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
 # Every layout for those whose attention or way is of a kind of its own; for others those that the layouts are made of.
-ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img")
+ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img", "lightningdit-qk-norm")
 SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
-MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"), 4: (*FIRST, "latte-img")}
+MODELS = {
+    2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img", "lightningdit-qk-norm"),
+    4: (*FIRST, "latte-img"),
+}
 
 
 def methods_of(name: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ A case is drawn from a spec's declared inputs, run through the public function a
 and compared in values and in every gradient.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,10 @@ def _tokens(shape: tuple[int, ...], layout: str, **options: Any) -> Tensor:
 
 
 def make_inputs(spec: KernelSpec, case: Case, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs, leaf tensors; the [B, D] ones are chunks of one tensor, as adaLN makes them."""
+    """Random inputs, leaf tensors; the [B, D] ones are chunks of one tensor, as adaLN makes them.
+
+    x, q and k are in the residual stream's dtype, everything else in the other one.
+    """
     generator = torch.Generator(device).manual_seed(case.seed)
     options: dict[str, Any] = {"device": device, "generator": generator}
     per_sample = [name for name, shape in spec.inputs.items() if shape == "BD"]
@@ -59,16 +63,18 @@ def make_inputs(spec: KernelSpec, case: Case, device: torch.device) -> dict[str,
     modulation = torch.randn(rows, (len(per_sample) + 1) * case.D, dtype=case.mod_dtype, **options)
     inputs: dict[str, Tensor] = {}
     for name, shape in spec.inputs.items():
-        dtype = case.dtype if name == "x" else case.mod_dtype
-        if shape == "BLD":
-            inputs[name] = _tokens((case.B, case.L, case.D), case.layout, dtype=dtype, **options)
+        dtype = case.dtype if name in ("x", "q", "k") else case.mod_dtype
+        sizes = spec.shape(name, case.B, case.L, case.D)
+        if shape in ("BLD", "BL2D", "BLHK"):
+            tokens = _tokens((*sizes[:2], math.prod(sizes[2:])), case.layout, dtype=dtype, **options)
+            inputs[name] = tokens.unflatten(2, sizes[2:])
         elif shape == "BD":
             chunk = modulation.chunk(len(per_sample) + 1, 1)[per_sample.index(name)]
-            inputs[name] = chunk.expand(case.B, case.D)
+            inputs[name] = chunk.expand(sizes)
         elif name in case.optional:
-            inputs[name] = torch.randn(case.D, dtype=dtype, **options)
+            inputs[name] = torch.randn(sizes, dtype=dtype, **options)
     needs = inputs if case.needs is None else case.needs
-    return {name: t.detach().requires_grad_(name in needs) for name, t in inputs.items()}
+    return {name: t.detach().requires_grad_(name in needs and name not in spec.constants) for name, t in inputs.items()}
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -107,14 +113,15 @@ def check(spec: KernelSpec, case: Case, device: torch.device, unused: Sequence[s
     inputs = make_inputs(spec, case, device)
     exact_inputs = {k: t.detach().double().requires_grad_(t.requires_grad) for k, t in inputs.items()}
     outputs = as_tuple(fn(**inputs, **case.kwargs, **{"backend": "triton", **kwargs}))
-    options = {k: v for k, v in case.kwargs.items() if k == "eps"}
+    options = {k: v for k, v in case.kwargs.items() if k not in ("backend", "out_dtype")}
     exact_outputs = as_tuple(spec.reference(**exact_inputs, **options))
 
     generator = torch.Generator(device).manual_seed(case.seed + 1)
     incoming: list[Tensor | None] = []
     for name, output in zip(spec.outputs, outputs, strict=True):
-        grad = _tokens(tuple(output.shape), case.layout, dtype=output.dtype, device=device, generator=generator)
-        incoming.append(None if name in unused else grad)
+        sizes = (*output.shape[:2], math.prod(output.shape[2:]))
+        grad = _tokens(sizes, case.layout, dtype=output.dtype, device=device, generator=generator)
+        incoming.append(None if name in unused else grad.unflatten(2, output.shape[2:]))
     grads = gradients(outputs, inputs, incoming)
     exact_grads = gradients(exact_outputs, exact_inputs, [None if g is None else g.double() for g in incoming])
 

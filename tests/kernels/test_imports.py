@@ -13,8 +13,7 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(n
 import torch
 from opendit.kernels.spec import discover
 for spec in discover().values():
-    x = {"BLD": torch.randn(2, 3, 8), "BD": torch.randn(2, 8)}
-    inputs = {k: x[s].clone().requires_grad_() for k, s in spec.inputs.items() if s in x}
+    inputs = {k: torch.randn(spec.shape(k, 2, 3, 8)).requires_grad_() for k in spec.inputs if k not in spec.optional()}
     out = spec.fn(**inputs)
     (out if isinstance(out, torch.Tensor) else out[1]).sum().backward()
     try:

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 SPECS = discover()
 KERNELS = Path(opendit.kernels.__file__).parent
 LM, GR, FUSED = "layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate"
+RMS, FUSED_RMS = "rmsnorm_modulate", "gate_residual_rmsnorm_modulate"
 INT32 = {
     kernel: [
         ("b = (pid // P).to(tl.int64)", "b = (pid // P).to(tl.int32)", 2),
@@ -95,6 +96,29 @@ MUTANTS = [
     mutant("dx-without-the-mean", LM, "g_t - g - n_t * gn", "g_t - n_t * gn", SMALL),
     mutant("no-residual-gradient", FUSED, "d_h + dr_h, d_t + dr_t", "d_h, d_t", SMALL),
     mutant("dscale-not-normalized", LM, "tl.sum(do_h * n_h, 0)", "tl.sum(do_h * x_h, 0)", SMALL),
+    # RMSNorm's kernels are those of LayerNorm without a mean.
+    mutant("with-a-mean", RMS, "x, shift, scale), False)", "x, shift, scale), True)", SMALL),
+    mutant("with-a-mean", FUSED_RMS, "shift, scale), False)", "shift, scale), True)", SMALL),
+    *(
+        mutant("dx-less-its-mean", kernel, "D)[:, None] if CENTER else 0.0", "D)[:, None]", SMALL, file)
+        for kernel, file in ((RMS, LM), (FUSED_RMS, FUSED))
+    ),
+    mutant("not-normalized-again", RMS, "n_h, n_t = x_h * rstd, x_t * rstd", "n_h, n_t = x_h, x_t", SMALL, LM),
+    mutant("not-normalized-again", FUSED_RMS, "r_h * rstd, r_t * rstd", "r_h, r_t", SMALL, FUSED),
+    Mutant(
+        "half-of-the-squares",
+        RMS,
+        (
+            (
+                "_rows",
+                "rstd = tl.rsqrt(row_mean(h * h, t * t, D) + EPS)\n    return rstd, h",
+                "rstd = tl.rsqrt(row_mean(h * h, t, D) + EPS)\n    return rstd, h",
+                1,
+            ),
+            (LM, '"""out', '"""out', 1),
+        ),
+        SMALL,
+    ),
     mutant("modulated-from-unrounded", FUSED, "downcast(x_h + gate_h * y_h, dtype)", "(x_h + y_h)", SMALL),
 ]
 
@@ -151,7 +175,7 @@ def test_mutant_is_caught(mutated: Mutant, mutate: Callable, device: torch.devic
         check(spec, mutated.case, device, fn=mutate(mutated))
 
 
-@pytest.mark.parametrize("kernel", [LM, GR, FUSED])
+@pytest.mark.parametrize("kernel", [LM, GR, FUSED, RMS, FUSED_RMS])
 def test_unmutated_copy_passes(kernel: str, mutate: Callable, device: torch.device) -> None:
     check(SPECS[kernel], SMALL, device, fn=mutate(Mutant("none", kernel, (("_rows", "L", "L", 0),)[:0], SMALL)))
 

@@ -22,8 +22,9 @@ def unmodulated(x: Tensor, *vectors: Tensor | None) -> list[Tensor]:
     return [x.new_zeros(len(x), x.shape[2]) if v is None else v for v in vectors]
 
 
-def norm(x, shift, scale, weight, bias, eps, out_dtype):
+def norm(x, shift, scale, weight, bias, eps, out_dtype, center=True):
     assert weight is bias is None
+    assert center
     x, shift, scale = wide(x, *unmodulated(x, shift, scale))
     rstd = (x.var(-1, correction=0) + eps).rsqrt()
     n = (x - x.mean(-1, keepdim=True)) * rstd[..., None]
@@ -47,9 +48,9 @@ def norm_backward(
     return dx if into is None else into.copy_(dx), sums.to(sums_dtype)
 
 
-def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype, residual=None):
+def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center=True, residual=None):
     residual = gate_residual(x, y, gate, residual)
-    return residual, *norm(residual, shift, scale, weight, bias, eps, out_dtype)
+    return residual, *norm(residual, shift, scale, weight, bias, eps, out_dtype, center)
 
 
 def fused_backward(

@@ -20,7 +20,7 @@ from torch import nn
 import opendit
 from opendit.patch import planner
 from tests.comparing import build, run, worst
-from tests.tiny_models import TINY, Mlp, NewAttention, modulate, randomise
+from tests.tiny_models import TINY, LightningBlock, LightningRMSNorm, Mlp, NewAttention, modulate, randomise
 
 F64 = torch.float64
 BY_NAME = {t.name: t for t in TINY}
@@ -34,16 +34,17 @@ class NearMiss:
     left: tuple[str, ...]
     fused: tuple[str, ...]
     alters: bool  # whether what the model computes is changed by it
+    slow: bool  # of a kind that another one shows
 
 
 MISSES: list[NearMiss] = []
 
 
-def miss(*bases: str, left: str = "", fused: str = "", alters: bool = True):
+def miss(*bases: str, left: str = "", fused: str = "", alters: bool = True, slow: bool = False):
     def register(make: Callable[[Any], None]):
         for base in bases:
             name = f"{base}: {make.__name__.replace('_', ' ')}"
-            MISSES.append(NearMiss(name, base, make, tuple(left.split()), tuple(fused.split()), alters))
+            MISSES.append(NearMiss(name, base, make, tuple(left.split()), tuple(fused.split()), alters, slow))
         return make
 
     return register
@@ -340,6 +341,244 @@ def mlp_that_doubles(model):
     becomes(model.blocks[1].mlp, lambda self, x: 2 * Mlp.forward(self, x))
 
 
+# -- LightningDiT's: norms, rotation, gated MLPs -----------------------------------------------------------------------
+
+light, light_qk = "lightningdit", "lightningdit-qk-norm"
+
+
+@miss(light, left="blocks.1", fused="blocks.0 blocks.1.attn blocks.1.mlp")
+def shift_and_scale_swapped(model):
+    def forward(self, x, c, feat_rope=None):
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = parts(self, c)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rope=feat_rope)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+    becomes(model.blocks[1], forward)
+
+
+@miss(light_qk, left="blocks.1", fused="blocks.0 blocks.1.attn", slow=True)
+def gates_before_scales_without_shifts(model):
+    def forward(self, x, c, feat_rope=None):
+        gate_a, scale_a, gate_m, scale_m = (m.unsqueeze(1) for m in self.adaLN_modulation(c).chunk(4, dim=1))
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a), rope=feat_rope)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m))
+
+    becomes(model.blocks[1], forward)
+
+
+@miss(light, fused="blocks.0 blocks.1 blocks.1.attn blocks.1.mlp")
+def one_block_without_shifts(model):
+    model.blocks[1] = LightningBlock(48, 4, rms=True, qk_norm=True, swiglu=False, wo_shift=True)
+
+
+@miss(light, left="blocks.1")
+def a_block_that_turns_nothing(model):
+    super_forward = type(model.blocks[1]).forward
+    becomes(model.blocks[1], lambda self, x, c, feat_rope=None: super_forward(self, x, c))
+
+
+@miss(light, left="blocks.1", alters=False, slow=True)
+def a_block_with_an_attribute_of_its_own(model):
+    model.blocks[1].depth = 1
+
+
+@miss(light, left="blocks.1 blocks.1.norm1", fused="blocks.1.attn")
+def norm_less_its_mean(model):
+    super_forward = LightningRMSNorm.forward
+    becomes(model.blocks[1].norm1, lambda self, x: super_forward(self, x - x.mean(-1, keepdim=True)))
+
+
+@miss(light, left="blocks.1 blocks.1.norm2", fused="blocks.1.attn")
+def norm_with_one_plus_its_weight(model):
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight)
+
+    becomes(model.blocks[1].norm2, forward)
+
+
+@miss(light, left="blocks.1 blocks.1.norm1")
+def norm_with_its_eps_outside_the_root(model):
+    model.blocks[1].norm1.eps = 1e-2
+    becomes(
+        model.blocks[1].norm1, lambda self, x: x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+    )
+
+
+@miss(light, left="blocks.1 blocks.1.norm1", slow=True)
+def norm_of_groups(model):
+    def forward(self, x):
+        groups = x.unflatten(-1, (2, -1))
+        return (groups * (groups.square().mean(-1, keepdim=True) + self.eps).rsqrt()).flatten(-2) * self.weight
+
+    becomes(model.blocks[1].norm1, forward)
+
+
+@miss(light, left="blocks.1", fused="blocks.1.attn blocks.1.mlp")
+def one_norm_of_either_kind(model):
+    model.blocks[1].norm2 = nn.LayerNorm(48, elementwise_affine=False, eps=1e-6)
+
+
+@miss(light, fused="blocks.1 blocks.1.norm1 blocks.1.norm2")
+def torchs_own_root_mean_square_norms(model):
+    model.blocks[1].norm1, model.blocks[1].norm2 = (nn.RMSNorm(48, eps=1e-2) for _ in range(2))
+
+
+@miss(light, left="final_layer", fused="blocks.1")
+def head_without_a_shift(model):
+    def forward(self, x, c):
+        return self.linear(self.norm_final(x) * (1 + self.adaLN_modulation(c).chunk(2, dim=1)[1].unsqueeze(1)))
+
+    becomes(model.final_layer, forward)
+
+
+def attention_as(model, forward):
+    becomes(model.blocks[1].attn, lambda self, x, rope=None: forward(self, x, rope))
+
+
+def heads(self, x):
+    return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def attended(self, q, k, v):
+    return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@miss(light_qk, left="blocks.1.attn", fused="blocks.1")
+def turned_before_they_are_normalised(model):
+    def forward(self, x, rope):
+        q, k, v = heads(self, x)
+        return attended(self, self.q_norm(rope(q) if rope else q), self.k_norm(rope(k) if rope else k), v)
+
+    attention_as(model, forward)
+
+
+@miss(light, left="blocks.1.attn")
+def values_turned_too(model):
+    def forward(self, x, rope):
+        return attended(self, *(rope(t) if rope else t for t in heads(self, x)))
+
+    attention_as(model, forward)
+
+
+@miss(light, left="blocks.1.attn", slow=True)
+def keys_alone_are_turned(model):
+    def forward(self, x, rope):
+        q, k, v = heads(self, x)
+        return attended(self, q, rope(k) if rope else k, v)
+
+    attention_as(model, forward)
+
+
+@miss(light_qk, left="blocks.1.attn", slow=True)
+def keys_normalised_as_queries(model):
+    def forward(self, x, rope):
+        q, k, v = heads(self, x)
+        q, k = self.q_norm(q), self.q_norm(k)
+        return attended(self, *((rope(q), rope(k)) if rope else (q, k)), v)
+
+    attention_as(model, forward)
+
+
+@miss(light_qk, left="blocks.1.attn")
+def normalised_across_heads(model):
+    def forward(self, x, rope):
+        def over_all(t, norm):
+            return t * (t.square().mean((1, 3), keepdim=True) + norm.eps).rsqrt() * norm.weight
+
+        q, k, v = heads(self, x)
+        q, k = over_all(q, self.q_norm), over_all(k, self.k_norm)
+        return attended(self, *((rope(q), rope(k)) if rope else (q, k)), v)
+
+    attention_as(model, forward)
+
+
+@miss(light_qk, fused="blocks.1.attn")
+def queries_alone_normalised(model):
+    model.blocks[1].attn.k_norm = nn.Identity()
+
+
+@miss(light_qk, fused="blocks.1.attn", slow=True)
+def another_eps_for_keys(model):
+    model.blocks[1].attn.k_norm.eps = 1e-1
+
+
+@miss(light_qk, fused="blocks.1.attn")
+def queries_and_keys_normalised_by_two_kinds(model):
+    model.blocks[1].attn.k_norm = nn.LayerNorm(20)
+
+
+@miss(light_qk, fused="blocks.1.attn", slow=True)
+def heads_normalised_by_what_is_not_known(model):
+    becomes(model.blocks[1].attn.q_norm, lambda self, x: torch.tanh(x) * self.weight)
+
+
+@miss(light, fused="feat_rope blocks.0.attn blocks.1.attn")
+def pairs_half_a_head_apart(model):
+    def forward(self, t):
+        a, b = t.chunk(2, dim=-1)
+        return t * self.freqs_cos + torch.cat([-b, a], dim=-1) * self.freqs_sin
+
+    becomes(model.feat_rope, forward)
+
+
+@miss(light, left="feat_rope blocks.0.attn blocks.1.attn", fused="blocks.0 blocks.1")
+def turned_the_other_way(model):
+    def forward(self, t):
+        a, b = t[..., ::2], t[..., 1::2]
+        return t * self.freqs_cos - torch.stack([-b, a], dim=-1).flatten(-2) * self.freqs_sin
+
+    becomes(model.feat_rope, forward)
+
+
+@miss(light, left="feat_rope blocks.0.attn", fused="blocks.0", slow=True)
+def half_of_a_head_is_turned(model):
+    def forward(self, t):
+        still, moving = t.chunk(2, dim=-1)
+        n = moving.shape[-1]
+        a, b = moving[..., ::2], moving[..., 1::2]
+        turned = torch.stack([-b, a], dim=-1).flatten(-2)
+        return torch.cat([still, moving * self.freqs_cos[:, n:] + turned * self.freqs_sin[:, n:]], dim=-1)
+
+    becomes(model.feat_rope, forward)
+
+
+@miss(light, left="feat_rope blocks.0.attn")
+def angles_that_are_learned(model):
+    rope = model.feat_rope
+    for name in ("freqs_cos", "freqs_sin"):
+        table = getattr(rope, name)
+        delattr(rope, name)
+        setattr(rope, name, nn.Parameter(table))
+
+
+@miss(light, left="blocks.1.mlp", fused="blocks.1 blocks.0.mlp")
+def gate_and_value_swapped(model):
+    def forward(self, x):
+        b, a = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+    becomes(model.blocks[1].mlp, forward)
+
+
+@miss(light, left="blocks.1.mlp")
+def gated_by_gelu(model):
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.gelu(a) * b)
+
+    becomes(model.blocks[1].mlp, forward)
+
+
+@miss(light, left="blocks.1.mlp", slow=True)
+def gates_and_values_interleaved(model):
+    becomes(model.blocks[1].mlp, lambda self, x: self.w3(F.silu(self.w12(x)[..., ::2]) * self.w12(x)[..., 1::2]))
+
+
+@miss(light, fused="blocks.1.mlp", slow=True)
+def gated_without_biases(model):
+    model.blocks[1].mlp.w12, model.blocks[1].mlp.w3 = nn.Linear(48, 64, bias=False), nn.Linear(32, 48, bias=False)
+
+
 # -- heads, timesteps, models ------------------------------------------------------------------------------------------
 
 
@@ -535,7 +774,8 @@ def subclass_of_the_model(model):
 
 def test_they_are_many():
     assert len(MISSES) >= 50
-    assert {BY_NAME[m.base].family for m in MISSES} >= {"dit", "latte", "diffusers_dit", "diffusers_pixart"}
+    families = {"dit", "latte", "diffusers_dit", "diffusers_pixart", "lightningdit"}
+    assert {BY_NAME[m.base].family for m in MISSES} >= families
     assert sum(bool(m.left) for m in MISSES) >= 25
 
 
@@ -544,7 +784,7 @@ def _params():
     shared = {m.make for m in MISSES if m.base == "pixart"}
     for m in MISSES:
         again = m.base == "diffusers-latte" and m.make in shared
-        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again else [])
+        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again or m.slow else [])
 
 
 @pytest.mark.parametrize("case", _params())
@@ -567,7 +807,15 @@ def test_exact_or_left(case: NearMiss):
     assert error <= 1e-10, name
 
 
-@pytest.mark.parametrize("name", ["dit: chunks swapped", "dit: attention with its heads cut otherwise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dit: chunks swapped",
+        "dit: attention with its heads cut otherwise",
+        "lightningdit: gate and value swapped",
+        "lightningdit: values turned too",
+    ],
+)
 def test_the_probe_is_what_keeps_them_right(name, monkeypatch):
     """Without it these near-misses compute something else: they are as near as they are meant to be."""
     monkeypatch.setattr(planner, "disagreement", lambda *args, **options: None)

@@ -1,7 +1,9 @@
-"""Against the real files of facebookresearch/DiT, SiT, fast-DiT and Vchitect/Latte, where a copy of them is at hand.
+"""Against the real files of facebookresearch/DiT, SiT, fast-DiT, Vchitect/Latte and hustvl/LightningDiT, where a copy
+of them is at hand.
 
-OPENDIT_UPSTREAM names a folder with clones `DiT`, `SiT`, `fast-DiT`, `Latte`; timm must be importable. None of it is
-part of this project, so without them these tests are skipped, each without its clone.
+OPENDIT_UPSTREAM names a folder with clones `DiT`, `SiT`, `fast-DiT`, `Latte`, `LightningDiT`; timm (and einops, for the
+last) must be importable. None of it is part of this project, so without them these tests are skipped, each without its
+clone.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +21,20 @@ from torch import nn
 
 import opendit
 from opendit.kernels.backend import INTERPRETING
+from opendit.patch.core import notes
 from tests.comparing import relative_errors, run, twin, worst
 from tests.patch.test_families import total
-from tests.tiny_models import Tiny, UserLatte, UserLatteIMG, _dit_inputs, _latte_img_inputs, _latte_inputs, randomise
+from tests.tiny_models import (
+    LightningRMSNorm,
+    Tiny,
+    UserLatte,
+    UserLatteIMG,
+    UserLightningDiT,
+    _dit_inputs,
+    _latte_img_inputs,
+    _latte_inputs,
+    randomise,
+)
 
 FOLDER = Path(os.environ.get("OPENDIT_UPSTREAM", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="OPENDIT_UPSTREAM names no folder with clones")
@@ -202,3 +216,108 @@ def test_lattes_own_training_losses(device):
     plain = build(case, torch.float32, device)
     fast = twin(plain)
     losses_alike(plain, fast, create_diffusion(timestep_respacing=""), (4, 3, 4, 4, 4), classes=5)
+
+
+# -- LightningDiT ------------------------------------------------------------------------------------------------------
+
+SMALL_LIGHTNING = {"input_size": 6, "patch_size": 2, "in_channels": 4, "depth": 2, "num_classes": 5}
+LIGHTNING = [
+    {},
+    {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True},  # as its published configs have it
+    {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "use_qknorm": True, "wo_shift": True},
+    {"use_rope": True, "use_qknorm": True, "learn_sigma": True},
+    {"use_swiglu": True, "wo_shift": True},
+    {"use_rope": True, "use_checkpoint": True},
+]
+each_option = pytest.mark.parametrize("options", LIGHTNING, ids=lambda options: "-".join(options) or "none")
+
+
+@pytest.fixture
+def eager():
+    """Upstream's torch.compile decorators do nothing meanwhile: what is compared is what is written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def lightning(dim: int = 96, heads: int = 4, **options) -> Tiny:
+    # Its norm's file imports model-parallel layers that it does not use.
+    for name in ("fairscale", "fairscale.nn", "fairscale.nn.model_parallel", "fairscale.nn.model_parallel.initialize"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    layers = types.ModuleType("fairscale.nn.model_parallel.layers")
+    for name in ("ColumnParallelLinear", "ParallelEmbedding", "RowParallelLinear"):
+        setattr(layers, name, None)
+    sys.modules.setdefault(layers.__name__, layers)
+    models = load("LightningDiT", "models.lightningdit")
+    sizes = {**SMALL_LIGHTNING, "hidden_size": dim, "num_heads": heads}
+    return Tiny("LightningDiT", "lightningdit", lambda: models.LightningDiT(**sizes, **options), _dit_inputs())
+
+
+def in_full(model: nn.Module) -> nn.Module:
+    """Its norms compute in fp32 whatever comes, so that in fp64 only rounding would be compared: as ours in tests."""
+    for module in model.modules():
+        if type(module).__name__ == "RMSNorm" and type(module).__module__ == "models.rmsnorm":
+            module.__class__ = LightningRMSNorm
+    return model
+
+
+@each_option
+def test_our_lightningdit_is_theirs(options, eager):
+    case = lightning(**options)
+    known = {"use_swiglu", "use_rope", "use_rmsnorm", "use_qknorm", "wo_shift", "learn_sigma"}
+    mine = {name: value for name, value in options.items() if name in known}
+    same = replace(case, build=lambda: UserLightningDiT(dim=96, frequencies=256, **mine))
+    theirs, ours = (build(c, torch.float64, torch.device("cpu")) for c in (case, same))
+    ours.load_state_dict(theirs.state_dict())
+    error, name = worst(run(ours, case), run(in_full(theirs), case))
+    assert error <= 1e-10, name
+
+
+@each_option
+@pytest.mark.parametrize("full", [True, False], ids=["norms-in-full", "norms-as-they-are"])
+def test_lightningdit_fp64(options, full, eager, device):
+    case = lightning(**options)
+    model = build(case, torch.float64, device)
+    model = in_full(model) if full else model
+    fast = opendit.accelerate(twin(model))
+    changed = {edit.fqn for edit in opendit.explain(fast).edits}
+    assert {f"blocks.{i}{part}" for i in range(2) for part in ("", ".attn", ".mlp")} <= changed
+    assert {"final_layer", "t_embedder"} <= changed
+    # Where norms of q and k round to fp32, their sums feel the layout of memory.
+    rounded = not full and options.keys() >= {"use_rmsnorm", "use_qknorm"}
+    error, name = worst(run(fast, case), run(model, case))
+    assert error <= (1e-6 if rounded else 1e-10), name
+    assert not list(notes(fast))
+
+
+@each_option
+def test_lightningdit_fp32_kernels(options, eager, device):
+    if device.type == "cpu" and not INTERPRETING:
+        pytest.skip("the kernels are compiled for the GPU here")
+    case = lightning(**options)
+    model = build(case, torch.float32, device)
+    torch.backends.cudnn.allow_tf32 = False
+    error, name = worst(run(opendit.accelerate(twin(model), {"kernels": "triton"}), case), run(model, case))
+    assert error <= 1e-5, name
+
+
+@each_option
+def test_lightningdit_sampling(options, eager, device):
+    case = lightning(**options)
+    model = in_full(build(case, torch.float64, device)).eval()
+    (x, t, y), _ = case.inputs(torch.float64, device)
+    args = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, 5)]), 3.0, True, 10
+    with torch.no_grad():
+        expected = model.forward_with_cfg(*args)
+        found = opendit.accelerate(model).forward_with_cfg(*args)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_published_lightningdit_in_bf16(eager):
+    case = lightning(1152, 16, **LIGHTNING[1])
+    case = replace(case, inputs=_dit_inputs(6, batch=3))
+    model = build(case, torch.float32, torch.device("cuda"))
+    truth = run(model, case)
+    theirs = relative_errors(run(model, case, autocast=torch.bfloat16), truth)
+    ours = relative_errors(run(opendit.accelerate(model), case, autocast=torch.bfloat16), truth)
+    assert total(ours) <= 1.2 * total(theirs)

@@ -8,7 +8,8 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from opendit.patch.adaln_zero import TRAITS, plan_modules
 from opendit.patch.core import hooked
 from opendit.patch.parts import AttentionParts, off, plain_linear
 from opendit.patch.planner import Planner, has
-from opendit.patch.probe import own_attributes
+from opendit.patch.probe import Inputs, own_attributes
 from opendit.patch.registry import Family, Spread, Trait
 from opendit.patch.spread import SpreadAttention
 
@@ -29,7 +30,7 @@ _ATTENTION_ATTRIBUTES = {"num_heads", "head_dim", "attn_dim", "scale", "fused_at
 class DispatchedAttention(SpreadAttention):
     """timm's Attention, old and new, with its q, k, v [B, L, H, K] handed to `opendit.attention`."""
 
-    uses = ("attention",)
+    uses: ClassVar[tuple[str, ...]] = ("attention",)
     projections = ("qkv",)
     num_heads: int
     training: bool
@@ -43,12 +44,9 @@ class DispatchedAttention(SpreadAttention):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if any(a is not None and a is not False for a in (*args, *kwargs.values())):
             return self._upstream("a mask or another argument was given", x, *args, **kwargs)
-        if self.training and self.attn_drop.p:
-            return self._upstream("dropout active in attention", x)
-        if hooked(self.attn_drop):
-            return self._upstream("a hook on its attention weights", x)
-        if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
-            return self._upstream("it gates or normalises its output", x)
+        reason = self._unusual()
+        if reason is not None:
+            return self._upstream(reason, x)
         if self._in_parts_of_a_sequence():
             out = self._spread(x, self.num_heads)
         else:
@@ -56,6 +54,16 @@ class DispatchedAttention(SpreadAttention):
             q, k = self._normalise(q, k)
             out = attend(q, k, v, backend=self._opendit_attention).flatten(2)
         return self.proj_drop(self.proj(out))
+
+    def _unusual(self) -> str | None:
+        """Why upstream's forward must run instead, this time."""
+        if self.training and self.attn_drop.p:
+            return "dropout active in attention"
+        if hooked(self.attn_drop):
+            return "a hook on its attention weights"
+        if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
+            return "it gates or normalises its output"
+        return None
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -87,10 +95,15 @@ def plan_attention(
     mixin: type[DispatchedAttention] = DispatchedAttention,
     stores: frozenset[str] = frozenset(),
     hint: str = "",
-) -> None:
-    """Offers `mixin` for a module built like timm's Attention, or says why not.
+    what: str = "q, k, v go to the chosen attention backend",
+    more: tuple[Inputs, ...] = (),
+    bypassed: tuple[nn.Module, ...] = (),
+    stand_ins: Mapping[str, nn.Module] | None = None,
+) -> bool:
+    """Offers `mixin` for a module built like timm's Attention, or says why not; whether it is planned.
 
     `stores`: attributes besides timm's that the mixin looks at itself. `hint`: what to add to the probe's reason.
+    `what` changes, in words; `more` examples to probe with; `bypassed`, `stand_ins`: see `Planner.offer`.
     """
     dropout = getattr(getattr(attn, "attn_drop", None), "p", None)
     unknown = set(own_attributes(attn)) - _ATTENTION_ATTRIBUTES - stores
@@ -106,21 +119,25 @@ def plan_attention(
         planner.keep(name, f"its forward may read what it stores: {', '.join(sorted(unknown))}")
     else:
         width = attn.qkv.weight.shape[1]
-        planner.offer(
+        return planner.offer(
             name,
             attn,
             mixin,
-            "q, k, v go to the chosen attention backend",
+            what,
             [
                 lambda dtype: (torch.randn(2, 5, width, dtype=dtype),),
                 lambda dtype: (torch.randn(1, 133, width, dtype=dtype),),
+                *more,
             ],
-            bypassed=(attn.attn_drop,),
+            bypassed=(attn.attn_drop, *bypassed),
+            stand_ins=stand_ins,
             hint=hint,
         )
+    return False
 
 
-def _tokens(model: Any) -> int | None:
+def tokens(model: Any) -> int | None:
+    """How many tokens a model with a table of positions is built for."""
     positions = getattr(model, "pos_embed", None)
     return positions.shape[-2] if isinstance(positions, torch.Tensor) and positions.dim() > 1 else None
 
@@ -131,8 +148,9 @@ FAMILY = Family(
     traits=(
         *TRAITS,
         Trait("it has no temp_embed (that would be Latte)", lambda m: not hasattr(m, "temp_embed")),
+        Trait("it has no feat_rope (that would be LightningDiT)", lambda m: not hasattr(m, "feat_rope")),
     ),
     plan=plan,
     blocks="blocks",
-    spread=Spread(gather="final_layer", attention="attn", mlp="mlp", tokens=_tokens),
+    spread=Spread(gather="final_layer", attention="attn", mlp="mlp", tokens=tokens),
 )
