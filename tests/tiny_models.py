@@ -485,6 +485,38 @@ def _diffusers_latte_inputs(frames: int = 3, height: int = 4, width: int = 4, ma
     return inputs
 
 
+def _sd3(**options: Any) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    config = {
+        "sample_size": 6,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 10,
+        "caption_projection_dim": 48,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 8,
+    }
+    return SD3Transformer2DModel(**{**config, **options})
+
+
+def _sd3_inputs(height: int = 6, width: int = 6):
+    """Text of 5 tokens, and what is pooled of it."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 4, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(3, 5, 10, generator=generator).to(device, dtype)
+        pooled = torch.randn(3, 12, generator=generator).to(device, dtype)
+        t = torch.tensor([0, 17, 999], device=device)
+        return (x,), {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": t}
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -537,4 +569,19 @@ TINY = [
         whole=False,
         slow=True,
     ),
+    Tiny(  # q and k normalised, a second attention in the first of three blocks, as in SD3.5 medium
+        "sd3.5",
+        "diffusers_sd3",
+        lambda: _sd3(
+            num_layers=3,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+            num_attention_heads=4,
+            attention_head_dim=12,
+        ),
+        _sd3_inputs(4, 10),
+        _sample,
+        whole=False,
+    ),
+    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False, slow=True),
 ]
