@@ -569,19 +569,13 @@ TINY = [
         whole=False,
         slow=True,
     ),
-    Tiny(  # q and k normalised, a second attention in the first of three blocks, as in SD3.5 medium
+    Tiny(  # q and k normalised, a second attention in the first of its blocks, as in SD3.5 medium
         "sd3.5",
         "diffusers_sd3",
-        lambda: _sd3(
-            num_layers=3,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0,),
-            num_attention_heads=4,
-            attention_head_dim=12,
-        ),
+        lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0,), num_attention_heads=4, attention_head_dim=12),
         _sd3_inputs(4, 10),
         _sample,
         whole=False,
     ),
-    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False, slow=True),
+    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False),
 ]

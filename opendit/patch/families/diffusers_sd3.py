@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from opendit.kernels.gate_residual import gate_residual
 from opendit.patch.adaln import BLOCK_KERNELS
 from opendit.patch.diffusers_joint import (
-    CONTINUOUS,
     ZERO,
     JointAttention,
     JointStandIn,
@@ -55,7 +54,6 @@ class FusedBlock(TwoStreams):
     norm2_context: nn.LayerNorm | None
     ff_context: nn.Module | None
     context_pre_only: bool
-    use_dual_attention: bool
     _chunk_size: int | None
 
     def forward(
@@ -65,7 +63,7 @@ class FusedBlock(TwoStreams):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        norms = [(self.norm1, _DUAL if self.use_dual_attention else ZERO)]
+        norms = [(self.norm1, _DUAL if _dual(self) else ZERO)]
         plain: list[Any] = [self.norm2]
         if not self.context_pre_only:
             norms.append((self.norm1_context, ZERO))
@@ -80,13 +78,14 @@ class FusedBlock(TwoStreams):
         elif unusual(hidden_states, encoder_hidden_states, temb):
             reason = "it was not given two streams and one row of condition per sample"
         if reason is not None:
-            return self._upstream(reason, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+            more = () if joint_attention_kwargs is None else (joint_attention_kwargs,)  # older ones take none
+            return self._upstream(reason, hidden_states, encoder_hidden_states, temb, *more)
         image, text = self._as_stream(hidden_states), self._as_stream(encoder_hidden_states)
         return self._kept(self._run, image, text, temb)
 
     def _run(self, image: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
         second = None
-        if self.use_dual_attention:
+        if _dual(self):
             *six, shift_2, scale_2, gate_2 = self.norm1.linear(self.norm1.silu(c)).chunk(9, dim=1)
             of_image = Modulation(*six)
             h = self._modulated(image, self.norm1.norm, of_image.shift_a, of_image.scale_a)
@@ -106,7 +105,8 @@ class FusedBlock(TwoStreams):
         image = self._ended(image, y, of_image, self.norm2, self.ff)
         if of_text is None:
             return None, image
-        assert self.norm2_context is not None and self.ff_context is not None
+        assert self.norm2_context is not None
+        assert self.ff_context is not None
         return self._ended(text, y_text, of_text, self.norm2_context, self.ff_context), image
 
 
@@ -162,7 +162,7 @@ def plan(model: Any, planner: Planner) -> None:
             continue
         _plan_block(planner, name, block)
         plan_joint_attention(planner, f"{name}.attn", block.attn)
-        if block.attn2 is not None:
+        if getattr(block, "attn2", None) is not None:
             plan_joint_attention(planner, f"{name}.attn2", block.attn2)
         plan_feed_forward(planner, f"{name}.ff", block.ff)
         if block.context_pre_only:
@@ -173,8 +173,8 @@ def plan(model: Any, planner: Planner) -> None:
 
 
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
-    ends, dual = block.context_pre_only, block.use_dual_attention
-    kinds = [(block.norm1, _DUAL if dual else ZERO), (block.norm1_context, CONTINUOUS if ends else ZERO)]
+    ends, dual = block.context_pre_only, _dual(block)
+    kinds = [(block.norm1, _DUAL if dual else ZERO), *([] if ends else [(block.norm1_context, ZERO)])]
     plain = [block.norm1.norm, block.norm2] + ([] if ends else [block.norm1_context.norm, block.norm2_context])
     odd = [path(type(norm)) for norm, kind in kinds if path(type(norm)) != kind]
     if odd:
@@ -192,7 +192,7 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
             stand_ins["attn2"] = JointStandIn(width)
         if not ends:
             stand_ins["ff_context"] = StandIn(width)
-        bypassed = [m for norm, kind in kinds if kind != CONTINUOUS for m in (norm, norm.silu)]
+        bypassed = [m for norm, _ in kinds for m in (norm, norm.silu)]
         fused = planner.offer(
             name,
             block,
@@ -204,6 +204,10 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         )
         if fused:
             planner.keep(name, "in parts, not one function: image and text meet in its attention")
+
+
+def _dual(block: Any) -> bool:
+    return bool(getattr(block, "use_dual_attention", False))  # the attribute came with SD3.5
 
 
 def _what(ends: bool, dual: bool) -> str:
