@@ -517,6 +517,44 @@ def _sd3_inputs(height: int = 6, width: int = 6):
     return inputs
 
 
+def _flux(**options: Any) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        "in_channels": 8,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 10,
+        "pooled_projection_dim": 12,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return FluxTransformer2DModel(**{**config, **options})
+
+
+def _flux_inputs(height: int = 3, width: int = 3, guided: bool = True):
+    """Tokens of height × width patches, text of 5 tokens, and where each of them is."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, height * width, 8, generator=generator).to(device, dtype)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        more: dict[str, Any] = {
+            "encoder_hidden_states": torch.randn(3, 5, 10, generator=generator).to(device, dtype),
+            "pooled_projections": torch.randn(3, 12, generator=generator).to(device, dtype),
+            "timestep": torch.tensor([0.25, 0.5, 1.0], device=device).to(dtype),
+            "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(device, dtype),
+            "txt_ids": torch.zeros(5, 3, device=device, dtype=dtype),
+        }
+        if guided:
+            more["guidance"] = torch.tensor([1.0, 3.5, 0.0], device=device).to(dtype)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -578,4 +616,21 @@ TINY = [
         whole=False,
     ),
     Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False),
+    Tiny("flux", "diffusers_flux", _flux, _flux_inputs(), _sample, whole=False),
+    Tiny(
+        "flux-schnell",  # without guidance
+        "diffusers_flux",
+        lambda: _flux(
+            guidance_embeds=False,
+            num_attention_heads=4,
+            attention_head_dim=12,
+            axes_dims_rope=(4, 4, 4),
+            num_layers=2,
+            num_single_layers=2,
+        ),
+        _flux_inputs(2, 4, guided=False),
+        _sample,
+        whole=False,
+        slow=True,
+    ),
 ]

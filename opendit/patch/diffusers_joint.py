@@ -117,9 +117,12 @@ class JointAttention(SpreadAttention):
 
     def _projected(self, x: Tensor, names: tuple[str, str, str], norms: tuple[str, str]) -> Heads:
         """q, k, v of one stream by the modules of these names, q and k normalised."""
-        q, k, v = (getattr(self, name)(x).unflatten(-1, (self.heads, -1)) for name in names)
+        q, k, v = (getattr(self, name)(x).unflatten(-1, self._head_shape()) for name in names)
         norm_q, norm_k = (getattr(self, name, None) for name in norms)
         return (norm_q(q) if norm_q is not None else q), (norm_k(k) if norm_k is not None else k), v
+
+    def _head_shape(self) -> tuple[int, int]:
+        return self.heads, -1
 
     def _image(self, x: Tensor) -> Heads:
         return self._projected(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))

@@ -82,6 +82,9 @@ def total(errors: dict[str, float]) -> float:
     return (sum(e * e for e in errors.values()) / len(errors)) ** 0.5
 
 
+SUBLAYERS = ("attn", "attn1", "attn2", "mlp", "ff", "ff_context")
+
+
 @each_model
 def test_plan_covers_every_block(tiny: Tiny):
     model = opendit.accelerate(build(tiny))
@@ -89,8 +92,8 @@ def test_plan_covers_every_block(tiny: Tiny):
     assert plan.family == tiny.family
     changed = {edit.fqn for edit in plan.edits}
     for name, block in families()[tiny.family].blocks_of(model):
-        sublayers = [s for s in ("attn", "attn1", "attn2", "mlp", "ff") if getattr(block, s, None) is not None]
-        assert len(sublayers) >= 2
+        sublayers = [s for s in SUBLAYERS if getattr(block, s, None) is not None]
+        assert len(sublayers) >= (1 if hasattr(block, "proj_mlp") else 2)  # which is the MLP beside attention, in Flux
         assert {name, *(f"{name}.{s}" for s in sublayers)} <= changed, f"left as it was: {plan.kept}"
 
 

@@ -69,21 +69,19 @@ class FusedBlock(TwoStreams):
             norms.append((self.norm1_context, ZERO))
             plain.append(self.norm2_context)
         reason = None
-        if joint_attention_kwargs:
-            reason = "arguments for its attention were given"
-        elif self._chunk_size is not None:
+        if self._chunk_size is not None:
             reason = "the feed-forward is chunked"
         elif changed(norms, *plain):
             reason = "something was put on or in place of its norms"
         elif unusual(hidden_states, encoder_hidden_states, temb):
             reason = "it was not given two streams and one row of condition per sample"
         if reason is not None:
-            more = () if joint_attention_kwargs is None else (joint_attention_kwargs,)  # older ones take none
-            return self._upstream(reason, hidden_states, encoder_hidden_states, temb, *more)
+            given = () if joint_attention_kwargs is None else (joint_attention_kwargs,)  # older ones take none
+            return self._upstream(reason, hidden_states, encoder_hidden_states, temb, *given)
         image, text = self._as_stream(hidden_states), self._as_stream(encoder_hidden_states)
-        return self._kept(self._run, image, text, temb)
+        return self._kept(self._run, image, text, temb, joint_attention_kwargs or {})
 
-    def _run(self, image: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _run(self, image: Tensor, text: Tensor, c: Tensor, more: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         second = None
         if _dual(self):
             *six, shift_2, scale_2, gate_2 = self.norm1.linear(self.norm1.silu(c)).chunk(9, dim=1)
@@ -97,11 +95,11 @@ class FusedBlock(TwoStreams):
             h_text = self.norm1_context(text, c)
         else:
             h_text, of_text = self._begun(text, self.norm1_context, c)
-        y, y_text = self.attn(hidden_states=h, encoder_hidden_states=h_text)
+        y, y_text = self.attn(hidden_states=h, encoder_hidden_states=h_text, **more)
         if second is not None:
             assert self.attn2 is not None
             image = gate_residual(image, y, of_image.gate_a, backend=self._kernel("gate_residual"))
-            y, of_image = self.attn2(hidden_states=second), of_image._replace(gate_a=gate_2)
+            y, of_image = self.attn2(hidden_states=second, **more), of_image._replace(gate_a=gate_2)
         image = self._ended(image, y, of_image, self.norm2, self.ff)
         if of_text is None:
             return None, image
