@@ -636,6 +636,92 @@ def feed_forward_of_the_text_with_a_gate(model):
     model.transformer_blocks[0].ff_context = FeedForward(48, activation_fn="geglu")
 
 
+# -- of two streams and of one: diffusers' Flux ------------------------------------------------------------------------
+
+double, one = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+@miss("flux", left=double, fused=one)
+def block_of_two_streams_that_halves(model):
+    super_forward = type(model.transformer_blocks[0]).forward
+    becomes(model.transformer_blocks[0], lambda self, *a, **k: tuple(0.5 * x for x in super_forward(self, *a, **k)))
+
+
+@miss("flux", left=one, fused=double)
+def block_of_one_stream_that_halves(model):
+    block = model.single_transformer_blocks[0]
+    super_forward = type(block).forward
+    becomes(block, lambda self, *a, **k: tuple(0.5 * x for x in super_forward(self, *a, **k)))
+
+
+@miss("flux", left=one, fused=f"{one}.attn")
+def norm_of_one_stream_with_chunks_swapped(model):
+    def forward(self, x, emb=None):
+        gate, scale, shift = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
+
+    becomes(model.single_transformer_blocks[0].norm, forward)
+
+
+@miss("flux", left=one, fused=f"{one}.attn")
+def one_stream_with_relu(model):
+    model.single_transformer_blocks[0].act_mlp = nn.ReLU()
+
+
+@miss("flux", fused=one)
+def one_stream_with_exact_gelu(model):
+    model.single_transformer_blocks[0].act_mlp = nn.GELU()
+
+
+@miss("flux", fused=f"{double}.attn {one}.attn")
+def attention_without_norms(model):
+    for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
+        block.attn.norm_q = block.attn.norm_k = nn.Identity()
+
+
+@miss("flux", left=f"{one}.attn", fused=one)
+def attention_of_one_stream_that_doubles(model):
+    attn = model.single_transformer_blocks[0].attn
+    super_forward = type(attn).forward
+    becomes(attn, lambda self, *a, **k: 2 * super_forward(self, *a, **k))
+
+
+@miss("flux", left=f"{double}.attn", fused=double)
+def attention_that_forgets_positions(model):
+    super_forward = type(model.transformer_blocks[0].attn).forward
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
+        return super_forward(self, hidden_states, encoder_hidden_states)
+
+    becomes(model.transformer_blocks[0].attn, forward)
+
+
+@miss("flux", left=f"{double}.attn", fused=double)
+def joint_attention_with_a_processor_that_doubles(model):
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    class Doubling(FluxAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            return tuple(2 * y for y in super().__call__(*args, **kwargs))
+
+    model.transformer_blocks[0].attn.set_processor(Doubling())
+
+
+@miss("flux", left=double)
+def text_norm_in_single_precision(model):
+    from diffusers.models.normalization import FP32LayerNorm
+
+    model.transformer_blocks[0].norm1_context.norm = FP32LayerNorm(48, eps=1e-3, elementwise_affine=False)
+
+
+@miss("flux", left="norm_out", fused=f"{double} {one}")
+def the_last_norm_without_a_shift(model):
+    def forward(self, x, c):
+        return self.norm(x) * (1 + self.linear(self.silu(c)).chunk(2, dim=1)[0])[:, None]
+
+    becomes(model.norm_out, forward)
+
+
 def test_they_are_many():
     assert len(MISSES) >= 50
     assert {BY_NAME[m.base].family for m in MISSES} >= {"dit", "latte", "diffusers_dit", "diffusers_pixart"}
