@@ -137,9 +137,16 @@ class JointAttention(SpreadAttention):
         q, k, v = (torch.cat(pair, 1) for pair in zip(*self._in_order(image, text), strict=True))
         return q, k, v
 
-    def _among(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, L, H, K] → [B, L, H·K], in q's dtype, which norms may have widened under autocast."""
-        return attend(q, k, v, backend=self._opendit_attention).flatten(2).to(q.dtype)
+    def _among(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """[B, L, H, K] → [B, L, H·K], in q's dtype, which norms may have widened under autocast.
+
+        `lengths`: of image and text as they stand in L.
+        """
+        if self._in_parts_of_a_sequence():
+            out = self._spread_jointly(q, k, v, lengths)
+        else:
+            out = attend(q, k, v, backend=self._opendit_attention).flatten(2)
+        return out.to(q.dtype)
 
     def _apart(self, out: Tensor, image: int) -> tuple[Tensor, Tensor]:
         """What belongs to image (`image` tokens) and to text."""

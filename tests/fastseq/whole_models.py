@@ -17,6 +17,7 @@ from tests.tiny_models import TINY, Tiny
 
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring", "usp")
 REGATHER = ("fastseq-regather", "fastseq-overlapped-regather")
+JOINT = ("ulysses", "ring", "usp")  # for image and text beside each other
 CHECKPOINTING = ("no", "reentrant", "non-reentrant")
 MICROS = (1, 2)
 # The first tiny model of each family that can be spread: four heads and three, 9 tokens, neither divides. Norms with
@@ -30,7 +31,11 @@ MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"), 4: (
 
 
 def methods_of(name: str) -> tuple[str, ...]:
-    return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
+    if name.startswith("latte"):
+        return ("switch",)
+    if name.startswith(("sd3", "flux")):
+        return JOINT
+    return METHODS + (REGATHER if name == "dit" else ())
 
 
 def sizes(world: int) -> list[int]:
@@ -86,7 +91,7 @@ def every_case(world: int) -> dict[str, Any]:
 
 
 def _every_method(world: int, name: str, sp: int) -> dict[str, tuple[float, float, str]]:
-    methods = methods_of(name) if name.startswith("latte") else METHODS + REGATHER
+    methods = methods_of(name) if name.startswith(("latte", "sd3", "flux")) else METHODS + REGATHER
     found = {}
     for method in methods:
         for how, errors in _case(world, name, str(sp), method, every=True).items():

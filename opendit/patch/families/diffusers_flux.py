@@ -35,7 +35,8 @@ from opendit.patch.diffusers_joint import (
 from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, reads_low_precision
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Family, Joint, Trait
+from opendit.patch.spread import ChecksArguments
 
 _FILE = "diffusers.models.transformers.transformer_flux"
 _MODEL, _BLOCK, _SINGLE = (
@@ -133,12 +134,14 @@ class FusedSingle(FusedAdaLN):
             )
         text = encoder_hidden_states.shape[1]
         x = self._as_stream(torch.cat([encoder_hidden_states, hidden_states], 1))
-        x = self._kept(self._run, x, temb, image_rotary_emb, joint_attention_kwargs or {})
+        x = self._kept(self._run, x, text, temb, image_rotary_emb, joint_attention_kwargs or {})
         return x[:, :text], x[:, text:]
 
-    def _run(self, x: Tensor, c: Tensor, rotation: Rotation | None, more: dict[str, Any]) -> Tensor:
+    def _run(self, x: Tensor, text: int, c: Tensor, rotation: Rotation | None, more: dict[str, Any]) -> Tensor:
         shift, scale, gate = self.norm.linear(self.norm.silu(c)).chunk(3, dim=1)
         h = self._modulated(x, self.norm.norm, shift, scale)
+        if self._opendit_sequence is not None:
+            more = {**more, "opendit_lengths": (text, x.shape[1] - text)}
         y = self.attn(hidden_states=h, image_rotary_emb=rotation, **more)
         m = gelu(self.proj_mlp(h), approximate=self.act_mlp.approximate, backend=self._kernel("gelu"))
         out = self.proj_out(torch.cat([y, m], 2))
@@ -172,9 +175,11 @@ class DispatchedJointAttention(JointAttention):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotation | None = None,
+        opendit_lengths: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        x, text, rotation = hidden_states, encoder_hidden_states, image_rotary_emb
+        """`opendit_lengths`: how much of one sequence is text and how much image, from a block that has parts only."""
+        x, text, rotation, lengths = hidden_states, encoder_hidden_states, image_rotary_emb, opendit_lengths
         reason = _another_way(self.processor)
         if reason is not None:
             pass
@@ -188,10 +193,14 @@ class DispatchedJointAttention(JointAttention):
             reason = "its inputs are not those that it was built for"
         elif rotation is not None and not (len(rotation) == 2 and all(rows.dim() == 2 for rows in rotation)):
             reason = "its positions are not cos and sin [L, K]"
+        elif text is None and lengths is None and self._in_parts_of_a_sequence():
+            reason = "its block does not say how much of its input is text"
         elif text is None:
-            return self._rotated_among(self._image(x), rotation)
+            return self._rotated_among(self._image(x), rotation, lengths or (x.shape[1],))
         else:
-            out = self._rotated_among(self._joined(self._image(x), self._text(text)), rotation)
+            out = self._rotated_among(
+                self._joined(self._image(x), self._text(text)), rotation, (text.shape[1], x.shape[1])
+            )
             y, y_text = self._apart(out, x.shape[1])
             return self.to_out[1](self.to_out[0](y)), self.to_add_out(y_text)
         return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
@@ -199,11 +208,14 @@ class DispatchedJointAttention(JointAttention):
     def _head_shape(self) -> tuple[int, int]:
         return -1, self.head_dim
 
-    def _rotated_among(self, heads: Heads, rotation: Rotation | None) -> Tensor:
+    def _rotated_among(self, heads: Heads, rotation: Rotation | None, lengths: tuple[int, ...]) -> Tensor:
         q, k, v = heads
         if rotation is not None:
-            q, k = rotated(q, *rotation), rotated(k, *rotation)
-        return self._among(q, k, v)
+            cos, sin = rotation
+            if self._in_parts_of_a_sequence():
+                cos, sin = self._rows_of_parts(cos, lengths), self._rows_of_parts(sin, lengths)
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        return self._among(q, k, v, lengths)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -229,6 +241,14 @@ def _another_way(processor: object) -> str | None:
     return (
         None if chosen is None else f"diffusers' attention backend {getattr(chosen, 'value', chosen)!r} was asked for"
     )
+
+
+class NoneBetweenBlocks(ChecksArguments):
+    def _needs_all_tokens(self, given: dict[str, Any]) -> str | None:
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if given.get(name) is not None:
+                return f"{name} are added to all tokens between blocks"
+        return None
 
 
 def plan(model: Any, planner: Planner) -> None:
@@ -354,4 +374,5 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    spread=Joint(gather="proj_out", around=NoneBetweenBlocks),
 )

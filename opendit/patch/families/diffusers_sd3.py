@@ -33,7 +33,8 @@ from opendit.patch.diffusers_joint import (
 from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, reads_low_precision
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Family, Joint, Trait
+from opendit.patch.spread import ChecksArguments
 
 _MODEL = "diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel"
 _BLOCK = "diffusers.models.attention.JointTransformerBlock"
@@ -138,9 +139,9 @@ class DispatchedJointAttention(JointAttention):
         elif x.dim() != 3 or (text is not None and (text.dim() != 3 or len(text) != len(x))):
             reason = "its inputs are not [B, L, D]"
         elif text is None:
-            return self._out(self._among(*self._image(x)))
+            return self._out(self._among(*self._image(x), (x.shape[1],)))
         else:
-            out = self._among(*self._joined(self._image(x), self._text(text)))
+            out = self._among(*self._joined(self._image(x), self._text(text)), (x.shape[1], text.shape[1]))
             y, y_text = self._apart(out, x.shape[1])
             if not self.context_pre_only:
                 assert self.to_add_out is not None
@@ -150,6 +151,15 @@ class DispatchedJointAttention(JointAttention):
 
     def _out(self, y: Tensor) -> Tensor:
         return self.to_out[1](self.to_out[0](y))
+
+
+class NoneBetweenBlocks(ChecksArguments):
+    def _needs_all_tokens(self, given: dict[str, Any]) -> str | None:
+        if given.get("block_controlnet_hidden_states") is not None:
+            return "block_controlnet_hidden_states are added to all tokens between blocks"
+        if 0 in (given.get("skip_layers") or ()):
+            return "skip_layers leaves the first block out, which splits the tokens"
+        return None
 
 
 def plan(model: Any, planner: Planner) -> None:
@@ -259,4 +269,9 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks="transformer_blocks",
+    spread=Joint(
+        gather="proj_out",
+        around=NoneBetweenBlocks,
+        tokens=lambda model: (model.config.sample_size // model.config.patch_size) ** 2,
+    ),
 )
