@@ -610,7 +610,7 @@ TINY = [
     Tiny(  # q and k normalised, a second attention in the first of its blocks, as in SD3.5 medium
         "sd3.5",
         "diffusers_sd3",
-        lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0,), num_attention_heads=4, attention_head_dim=12),
+        lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0,), num_attention_heads=6, attention_head_dim=8),
         _sd3_inputs(4, 10),
         _sample,
         whole=False,

@@ -4,9 +4,9 @@
       ─ all-to-all in the row ►  [B, u·Σ l_j, h, K] of the row's parts; then without the padding of each sequence
       ─ attention, or a ring over the rows' keys ►  padding back, all-to-all back ►  [B, Σ l_j, H, K]
 
-Sequence j has L_j tokens, l_j of them on each process, padding included (`shards.py`). s = u·r processes, u in a row, as in
-`usp.py`: with u = s it is Ulysses, with u = 1 ring attention. All sequences travel in one collective. Attention does
-not see the order of keys, so parts are put together as they lie; only padding must go, or lie behind all real tokens.
+Sequence j has L_j tokens, l_j of them on each process, padding included (`shards.py`). s = u·r processes, u in a row,
+as in `usp.py`: with u = s it is Ulysses, with u = 1 ring attention. All sequences travel in one collective. Attention
+does not see the order of keys, so parts are put together as they lie; only padding must go, or lie behind all tokens.
 """
 
 from __future__ import annotations

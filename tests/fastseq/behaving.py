@@ -18,7 +18,7 @@ import opendit
 from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
 from tests.fastseq import parity
-from tests.fastseq.whole_models import FIRST, spread
+from tests.fastseq.whole_models import FIRST, joint, spread
 from tests.tiny_models import TINY, UserDiT, randomise
 
 NAMES = FIRST
@@ -60,6 +60,8 @@ def name_of(method: str) -> str:
 
 
 def method_of(name: str, method: str) -> str:
+    if joint(name):
+        return "ulysses" if method == "fastseq" else method
     return "switch" if name == "latte" else method
 
 
