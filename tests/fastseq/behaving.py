@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import opendit
 from opendit.patch.core import notes
 from tests.comparing import build, run, twin, worst
-from tests.fastseq import parity
+from tests.fastseq import joining, parity
 from tests.fastseq.whole_models import FIRST, joint, spread
 from tests.tiny_models import TINY, UserDiT, randomise
 
@@ -51,7 +51,7 @@ def cases(world: int) -> dict[str, Any]:
         found[f"explain/{name}"] = functools.partial(explained, name, world)
     found["lengths in flight"] = functools.partial(lengths_in_flight, world)
     found["refusals"] = functools.partial(refusals, world)
-    return found
+    return found | joining.cases(world)
 
 
 def name_of(method: str) -> str:

@@ -18,8 +18,8 @@ from tests.tiny_models import TINY, Tiny
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring", "usp")
 REGATHER = ("fastseq-regather", "fastseq-overlapped-regather")
 JOINT = ("ulysses", "ring", "usp")  # for image and text beside each other
-# Their norms of q and k, or rotations, are upstream's in fp32, whatever the model is in. Three times a gradient is rounded
-# otherwise there than the gradient: with three processes they agree to fp32's rounding only, which shows nothing.
+# Their norms of q and k, or rotations, are upstream's in fp32, whatever the model is in. Three times a gradient is
+# rounded otherwise there than the gradient: with three processes they agree to fp32's rounding only, which says little.
 IN_FP32 = ("sd3.5", "flux", "flux-schnell")
 CHECKPOINTING = ("no", "reentrant", "non-reentrant")
 MICROS = (1, 2)
