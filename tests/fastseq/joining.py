@@ -26,8 +26,8 @@ F64, CPU = torch.float64, torch.device("cpu")
 
 def cases(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"joint, wrong/{name}": functools.partial(_mutant, world, name) for name in MUTANTS}
+    found["joint, compiled/flux"] = functools.partial(compiled, FLUX, world)
     for tiny in (SD3, FLUX):
-        found[f"joint, compiled/{tiny.name}"] = functools.partial(compiled, tiny, world)
         found[f"joint, calls/{tiny.name}"] = functools.partial(calls, tiny, world)
     found["joint, refusals"] = functools.partial(refusals, world)
     found["joint, explain"] = functools.partial(explained, world)
