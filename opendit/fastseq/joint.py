@@ -75,15 +75,17 @@ def joint_attention(
 
 def _without_padding(x: Tensor, row: int, lengths: Many[int], here: Many[int]) -> Tensor:
     """[B, row·Σ l_j, …] of a row's parts → [B, Σ here_j, …]: one sequence's real tokens after the other's."""
-    parts = x.unflatten(1, (row, -1)).split(list(lengths), 2)
+    parts = x.view(len(x), row, -1, *x.shape[2:]).split(list(lengths), 2)  # type: ignore[no-untyped-call]
     return torch.cat([part.flatten(1, 2)[:, :n] for part, n in zip(parts, here, strict=True)], 1)
 
 
 def _with_padding(x: Tensor, row: int, lengths: Many[int], here: Many[int]) -> Tensor:
     """The way back of `_without_padding`; padding is zero."""
     parts = []
-    for part, local, n in zip(x[:, : sum(here)].split(list(here), 1), lengths, here, strict=True):
-        parts.append(F.pad(part, (0, 0, 0, 0, 0, row * local - n)).unflatten(1, (row, local)))
+    real_parts = x[:, : sum(here)].split(list(here), 1)  # type: ignore[no-untyped-call]
+    for part, local, n in zip(real_parts, lengths, here, strict=True):
+        whole = F.pad(part, (0, 0, 0, 0, 0, row * local - n))
+        parts.append(whole.view(len(x), row, local, *x.shape[2:]))
     return torch.cat(parts, 2).flatten(1, 2)
 
 
@@ -100,7 +102,7 @@ def rows_of(x: Tensor, lengths: tuple[int, ...], sp: int) -> Tensor:
             "each token"
         )
     parts = []
-    for each, local, n in zip(x.split(totals), lengths, totals, strict=True):
+    for each, local, n in zip(x.split(totals), lengths, totals, strict=True):  # type: ignore[no-untyped-call]
         begin, here = min(rank * local, n), real(n, local, rank)
         parts.append(F.pad(each[begin : begin + here], (0, 0, 0, local - here)))
     return torch.cat(parts)

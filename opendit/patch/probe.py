@@ -226,7 +226,7 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, autocast: bool) 
     cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
     wanted = leaves + list(module.parameters())
     grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
-    return [o.detach() for o in outputs] + list(grads)
+    return [*(o.detach() for o in outputs), *grads]
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:

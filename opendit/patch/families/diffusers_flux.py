@@ -42,7 +42,7 @@ _FILE = "diffusers.models.transformers.transformer_flux"
 _MODEL, _BLOCK, _SINGLE = (
     f"{_FILE}.{name}" for name in ("FluxTransformer2DModel", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 )
-_ATTENTION, _PROCESSOR = f"{_FILE}.FluxAttention", f"{_FILE}.FluxAttnProcessor"
+ATTENTION, _PROCESSOR = f"{_FILE}.FluxAttention", f"{_FILE}.FluxAttnProcessor"
 _ZERO_SINGLE = "diffusers.models.normalization.AdaLayerNormZeroSingle"
 _LARGEST = 65504  # of fp16; upstream keeps the residual stream finite in it
 
@@ -335,8 +335,8 @@ def _rotation(length: int, head_dim: int) -> Rotation:
 
 def plan_joint_attention(planner: Planner, name: str, attn: Any) -> None:
     """Offers `DispatchedJointAttention` for a `FluxAttention` with its default processor, or says why not."""
-    if path(type(attn)) != _ATTENTION:
-        planner.keep(name, f"it is a {path(type(attn))}, not {_ATTENTION}")
+    if path(type(attn)) != ATTENTION:
+        planner.keep(name, f"it is a {path(type(attn))}, not {ATTENTION}")
         return
     reason = _another_way(attn.processor)
     if reason is not None:

@@ -38,7 +38,7 @@ from opendit.patch.spread import ChecksArguments
 
 _MODEL = "diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel"
 _BLOCK = "diffusers.models.attention.JointTransformerBlock"
-_PROCESSOR = "diffusers.models.attention_processor.JointAttnProcessor2_0"
+PROCESSOR = "diffusers.models.attention_processor.JointAttnProcessor2_0"
 _DUAL = "diffusers.models.normalization.SD35AdaLayerNormZeroX"
 
 
@@ -132,7 +132,7 @@ class DispatchedJointAttention(JointAttention):
         **kwargs: Any,
     ) -> Any:
         x, text = hidden_states, encoder_hidden_states
-        if path(type(self.processor)) != _PROCESSOR:
+        if path(type(self.processor)) != PROCESSOR:
             reason = f"its processor is now {type(self.processor).__name__}"
         elif attention_mask is not None or kwargs:
             reason = "a mask or other arguments were given"
@@ -237,7 +237,7 @@ def plan_joint_attention(planner: Planner, name: str, attn: Any) -> None:
     if path(type(attn)) != ATTENTION:
         planner.keep(name, f"it is a {path(type(attn))}, not {ATTENTION}")
         return
-    if path(type(attn.processor)) != _PROCESSOR:
+    if path(type(attn.processor)) != PROCESSOR:
         planner.keep(name, f"its processor is {type(attn.processor).__name__}")
         return
     width = attn.to_q.weight.shape[1]
