@@ -12,8 +12,10 @@ def found(case: str):
     return of_every_rank("tests.fastseq.behaving", 2, f"joint, {case}")
 
 
-def test_compiled_in_one_graph():
-    assert max(found("compiled/flux")) <= 1e-10
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3.5", "flux"])
+def test_compiled_in_one_graph(name: str):
+    assert max(of_every_rank("tests.fastseq.joining_slow", 2, name)) <= 1e-10
 
 
 @pytest.mark.parametrize("mutant", joining.MUTANTS)
