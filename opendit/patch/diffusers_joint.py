@@ -151,7 +151,7 @@ class JointAttention(SpreadAttention):
     def _apart(self, out: Tensor, image: int) -> tuple[Tensor, Tensor]:
         """What belongs to image (`image` tokens) and to text."""
         sizes = self._in_order(image, out.shape[1] - image)
-        image_out, text_out = self._in_order(*out.split(sizes, 1))
+        image_out, text_out = self._in_order(*out.split(sizes, 1))  # type: ignore[no-untyped-call]
         return image_out, text_out
 
     def _parts(self) -> str:

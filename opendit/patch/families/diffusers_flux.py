@@ -220,7 +220,7 @@ class DispatchedJointAttention(JointAttention):
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, L, H, K] rotated by cos and sin [L, K], pair by pair of channels; computed in fp32, as upstream does."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
     turned = torch.stack([-second, first], -1).flatten(-2)
     cos, sin = (rows.to(x.device)[None, :, None] for rows in (cos, sin))
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
