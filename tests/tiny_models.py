@@ -615,7 +615,7 @@ TINY = [
         _sample,
         whole=False,
     ),
-    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False),
+    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False, slow=True),
     Tiny("flux", "diffusers_flux", _flux, _flux_inputs(), _sample, whole=False),
     Tiny(
         "flux-schnell",  # without guidance

@@ -29,10 +29,10 @@ MICROS = (1, 2)
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
 # Every layout for those whose attention or way is of a kind of its own; for others those that the layouts are made of.
 ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img")
-# Image and text beside each other: whole heads, also three for four processes, rings, and rows of rings.
+# Image and text beside each other: whole heads, also three for four processes, a ring, and rows of rings.
 JOINT_WAYS = {
-    2: {"sd3.5": ((2, "ulysses"), (2, "ring")), "flux": ((2, "ulysses"),), "flux-schnell": ((2, "usp"),)},
-    4: {"sd3.5": ((4, "usp"), (2, "ulysses")), "flux": ((4, "ulysses"), (4, "ring"))},
+    2: {"sd3.5": ((2, "ring"),), "flux-schnell": ((2, "ulysses"),)},
+    4: {"sd3.5": ((4, "usp"),), "flux": ((4, "ulysses"), (2, "ring"))},
 }
 SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
 MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img", "flux-schnell"), 4: (*FIRST, "latte-img")}

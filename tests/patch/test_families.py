@@ -23,6 +23,13 @@ each_model = pytest.mark.parametrize(
 first_of_each_family = pytest.mark.parametrize(
     "tiny", list({t.family: t for t in reversed(TINY)}.values()), ids=lambda t: t.name
 )
+compiled_of_each_family = pytest.mark.parametrize(
+    "tiny",  # compiling takes long; what SD3's blocks are made of, Flux's are too
+    [
+        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.family == "diffusers_sd3" else [])
+        for t in {t.family: t for t in reversed(TINY)}.values()
+    ],
+)
 
 
 def accelerated(model: nn.Module, **cfg) -> nn.Module:
@@ -211,7 +218,7 @@ def test_gradient_checkpointing_of_the_blocks(tiny: Tiny):
     assert relative_errors(run(checkpointed, tiny), expected) == dict.fromkeys(expected, 0.0)
 
 
-@first_of_each_family
+@compiled_of_each_family
 def test_compile_after(tiny: Tiny):
     model = build(tiny)
     expected = run(model, tiny)
@@ -220,7 +227,7 @@ def test_compile_after(tiny: Tiny):
     assert error <= 1e-5, name
 
 
-@first_of_each_family
+@compiled_of_each_family
 def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     model = build(tiny)
     expected = run(model, tiny)
@@ -229,7 +236,7 @@ def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     assert error <= 1e-5, name
 
 
-@first_of_each_family
+@compiled_of_each_family
 def test_compile_before(tiny: Tiny):
     graphs = []
 
@@ -254,7 +261,7 @@ def strip_prefix(results):
     return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
 
 
-@first_of_each_family
+@compiled_of_each_family
 def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
     calls = []
     original = nn.Module.compile
