@@ -13,7 +13,7 @@ from opendit import attention
 from opendit.config import BoosterConfig
 from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
-from opendit.fastseq import in_block, methods
+from opendit.fastseq import in_block, joint, methods
 from opendit.fastseq.mesh import device_type
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import fp8, spec
@@ -24,9 +24,9 @@ from opendit.patch.generic import generic, plan_division
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
-from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, resolve
+from opendit.patch.registry import GENERIC, Alternating, Family, Joint, Spread, named, resolve
 from opendit.patch.spread import ComparesModelInputs
-from opendit.patch.spreading import attention_shape, plain_projections, plan_spread, put_around
+from opendit.patch.spreading import attention_shape, plain_projections, plan_joint, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
 from opendit.wrapping import device_of
 
@@ -98,12 +98,17 @@ def _spread(
             "precision: got 'fp8' with sp_size > 1; allowed: 'bf16' and others. Blocks run in parts there, and "
             "products in 8 bits are those of whole blocks"
         )
-    plan_spread(planner, model, family)
-    heads, width = attention_shape(model, family)
-    assert isinstance(family.spread, Spread)
-    tokens = family.spread.tokens(model)
     excluded: dict[str, str] = {}
-    if not plain_projections(planner, model, family):
+    if isinstance(family.spread, Joint):
+        plan_joint(planner, model, family)
+        why = "image and text have projections of their own, and are no one input to be gathered"
+        excluded |= dict.fromkeys(set(methods()) - set(joint.METHODS), why)
+    else:
+        plan_spread(planner, model, family)
+    heads, width = attention_shape(model, family)
+    assert isinstance(family.spread, Spread | Joint)
+    tokens = family.spread.tokens(model)
+    if not excluded and not plain_projections(planner, model, family):
         excluded["fastseq"] = "it computes q, k, v from rows of the weights, but linears here are not torch's own"
     if cfg.attention != "auto":
         why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"

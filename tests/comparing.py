@@ -46,6 +46,8 @@ def run(model: nn.Module, tiny: Tiny, *, train: bool = True, autocast: torch.dty
 # Gradients that are zero in exact arithmetic (softmax does not see a constant added to every key), so that
 # only rounding is left of them: they are measured against the gradient of the weight beside them.
 NULL_GRADIENTS = ("to_k.bias", "k_norm.bias")
+# What makes the text's queries in SD3's last block, whose answers nobody reads: zeros, and nothing but zeros will do.
+UNREAD = ("attn.add_q_proj.weight", "attn.add_q_proj.bias", "attn.norm_added_q.weight")
 
 
 def relative_errors(actual: Results, expected: Results) -> dict[str, float]:
@@ -56,6 +58,9 @@ def relative_errors(actual: Results, expected: Results) -> dict[str, float]:
     for name, e in expected.items():
         assert actual[name].shape == e.shape, name
         assert torch.isfinite(actual[name]).all(), name
+        if name.endswith(UNREAD) and not e.any():
+            errors[name] = float("inf") if actual[name].any() else 0.0
+            continue
         beside = name.replace(".bias", ".weight") if name.endswith(NULL_GRADIENTS) else name
         scale = expected[beside].norm()
         assert scale > 0, f"{name} is zero: the comparison would say nothing"

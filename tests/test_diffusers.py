@@ -13,7 +13,7 @@ from torch import nn
 import opendit
 from opendit.patch.core import Patched
 from tests.comparing import Results, build, run, twin, worst
-from tests.tiny_models import TINY, Tiny, _diffusers_dit, _diffusers_latte, _pixart, randomise
+from tests.tiny_models import TINY, Tiny, _diffusers_dit, _diffusers_latte, _flux, _pixart, _sd3, randomise
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -93,11 +93,29 @@ def _latte_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
     return pipe, {**_text(), **more}
 
 
+def _sd3_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.StableDiffusion3Pipeline(transformer, scheduler, _vae(), *(None,) * 6)
+    generator = torch.Generator().manual_seed(2)
+    pooled = [torch.randn(2, 12, generator=generator) for _ in range(2)]
+    more = {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1], "height": 8, "width": 16}
+    return pipe, {**_text(), **more}
+
+
+def _flux_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), _vae(), *(None,) * 4, transformer)
+    generator = torch.Generator().manual_seed(2)
+    text = {"prompt_embeds": torch.randn(2, 5, 10, generator=generator)}
+    return pipe, {**text, "pooled_prompt_embeds": torch.randn(2, 12, generator=generator), "height": 8, "width": 16}
+
+
 PIPELINES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, dict[str, Any]]]]] = {
     "dit": (lambda: _diffusers_dit(num_embeds_ada_norm=1000), _dit_pipeline),  # whose pipeline takes 1000 for no class
     "pixart-alpha": (_pixart, _alpha),
     "pixart-sigma": (_pixart, _sigma),
     "latte": (_diffusers_latte, _latte_pipeline),
+    "sd3": (lambda: _sd3(qk_norm="rms_norm", out_channels=4, pos_embed_max_size=16), _sd3_pipeline),
+    "flux": (lambda: _flux(in_channels=16), _flux_pipeline),
 }
 
 
@@ -161,7 +179,7 @@ def test_gradient_checkpointing_on_and_off(tiny: Tiny):
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "to_add_out", "net.0.proj", "net.2", "proj_mlp"]
 
 
 def adapted(model: nn.Module, seed: int = 0) -> Any:

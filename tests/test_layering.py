@@ -129,6 +129,7 @@ MAY_IMPORT = {
     "opendit.patch": set(),
     "opendit.patch.adaln": {"opendit.attention", "opendit.fastseq", "opendit.kernels", "opendit.patch"},
     "opendit.patch.block": {"opendit.attention", "opendit.fastseq", "opendit.kernels", "opendit.patch.graphs"},
+    "opendit.patch.diffusers_joint": {"opendit.attention", "opendit.kernels", "opendit.patch"},
     "opendit.patch.diffusers_parts": {"opendit.attention", "opendit.kernels", "opendit.patch"},
     "opendit.patch.mlp": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},

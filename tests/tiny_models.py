@@ -609,6 +609,76 @@ def _diffusers_latte_inputs(frames: int = 3, height: int = 4, width: int = 4, ma
     return inputs
 
 
+def _sd3(**options: Any) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    config = {
+        "sample_size": 6,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 10,
+        "caption_projection_dim": 48,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 8,
+    }
+    return SD3Transformer2DModel(**{**config, **options})
+
+
+def _sd3_inputs(height: int = 6, width: int = 6):
+    """Text of 5 tokens, and what is pooled of it."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 4, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(3, 5, 10, generator=generator).to(device, dtype)
+        pooled = torch.randn(3, 12, generator=generator).to(device, dtype)
+        t = torch.tensor([0, 17, 999], device=device)
+        return (x,), {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": t}
+
+    return inputs
+
+
+def _flux(**options: Any) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        "in_channels": 8,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 10,
+        "pooled_projection_dim": 12,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return FluxTransformer2DModel(**{**config, **options})
+
+
+def _flux_inputs(height: int = 3, width: int = 3, guided: bool = True):
+    """Tokens of height × width patches, text of 5 tokens, and where each of them is."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, height * width, 8, generator=generator).to(device, dtype)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        more: dict[str, Any] = {
+            "encoder_hidden_states": torch.randn(3, 5, 10, generator=generator).to(device, dtype),
+            "pooled_projections": torch.randn(3, 12, generator=generator).to(device, dtype),
+            "timestep": torch.tensor([0.25, 0.5, 1.0], device=device).to(dtype),
+            "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(device, dtype),
+            "txt_ids": torch.zeros(5, 3, device=device, dtype=dtype),
+        }
+        if guided:
+            more["guidance"] = torch.tensor([1.0, 3.5, 0.0], device=device).to(dtype)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -676,6 +746,32 @@ TINY = [
         "diffusers_latte",
         lambda: _diffusers_latte(attention_bias=False, num_attention_heads=4, attention_head_dim=12, video_length=2),
         _diffusers_latte_inputs(2, 4, 6, masked=False),
+        _sample,
+        whole=False,
+        slow=True,
+    ),
+    Tiny(  # q and k normalised, a second attention in the first of its blocks, as in SD3.5 medium
+        "sd3.5",
+        "diffusers_sd3",
+        lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0,), num_attention_heads=6, attention_head_dim=8),
+        _sd3_inputs(4, 10),
+        _sample,
+        whole=False,
+    ),
+    Tiny("sd3", "diffusers_sd3", _sd3, _sd3_inputs(), _sample, whole=False, slow=True),
+    Tiny("flux", "diffusers_flux", _flux, _flux_inputs(), _sample, whole=False),
+    Tiny(
+        "flux-schnell",  # without guidance
+        "diffusers_flux",
+        lambda: _flux(
+            guidance_embeds=False,
+            num_attention_heads=4,
+            attention_head_dim=12,
+            axes_dims_rope=(4, 4, 4),
+            num_layers=2,
+            num_single_layers=2,
+        ),
+        _flux_inputs(2, 4, guided=False),
         _sample,
         whole=False,
         slow=True,

@@ -23,7 +23,7 @@ from opendit.fastseq import ops
 from opendit.fastseq.method import Pair, SelfAttention, Shape, attention_operations
 from opendit.fastseq.ops import Line
 from opendit.fastseq.sequence import Sequence
-from opendit.fastseq.shards import real, total_length
+from opendit.fastseq.shards import reals, total_length
 
 # Only torch's flash kernels give a block's lse and take it back; alone they took 1.6 times as long as those that the
 # attention backends choose (one H200, 4096 tokens, head_dim 72, forward and backward), merging not counted.
@@ -51,28 +51,29 @@ class Ring:
     def attention(self, x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
         q, k, v = layer.project(x)
         q, k = layer.normalise(q, k, sequence.line("sp").rank * x.shape[1])
-        length = total_length(x.shape[1], sequence.size)
-        out = ring_attention(q.to(v.dtype), k.to(v.dtype), v, layer.pair, sequence.line("ring"), length)
+        line = sequence.line("ring")
+        counts = reals(total_length(x.shape[1], sequence.size), x.shape[1], line.size)
+        out = ring_attention(q.to(v.dtype), k.to(v.dtype), v, layer.pair, line, counts)
         return out.flatten(2)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, pair: Pair, line: Line, length: int) -> Tensor:
-    """Attention of q [B, l, H, K] over k and v of all the line's processes, `length` tokens, the rest is padding."""
-    out: Tensor = _Ring.apply(q, k, v, pair, line, length)  # type: ignore[no-untyped-call]
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, pair: Pair, line: Line, counts: tuple[int, ...]) -> Tensor:
+    """Attention of q [B, l, H, K] over k and v of all the line's processes: `counts` of each, then padding."""
+    out: Tensor = _Ring.apply(q, k, v, pair, line, counts)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, line: Line, length: int) -> Tensor:
-        ctx.pair, ctx.line, ctx.length = pair, line, length
-        local, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, line: Line, counts: tuple[int, ...]) -> Tensor:
+        ctx.pair, ctx.line, ctx.counts = pair, line, counts
+        wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse: Tensor | None = None
         block = torch.stack((k, v))
         for step in range(line.size):
             following, works = _start(block, line, step)
-            here = real(length, local, (line.rank - step) % line.size)
+            here = counts[(line.rank - step) % line.size]
             if here:
                 part, part_lse = pair.forward(q, block[0, :, :here], block[1, :, :here])
                 out, lse = _merge(out, lse, part, part_lse.to(wide))
@@ -87,8 +88,8 @@ class _Ring(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        pair, line, length = ctx.pair, ctx.line, ctx.length
-        local, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+        pair, line, counts = ctx.pair, ctx.line, ctx.counts
+        wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros(q.shape, dtype=wide, device=q.device)
         block = torch.stack((k, v))
         dblock: Tensor | None = None
@@ -96,7 +97,7 @@ class _Ring(torch.autograd.Function):
             following, works = _start(block, line, step)
             # Sums that the previous process handed on arrive while this block's share is computed.
             arriving, sums = _start(dblock, line, -1) if dblock is not None else (None, [])
-            here = real(length, local, (line.rank - step) % line.size)
+            here = counts[(line.rank - step) % line.size]
             share = torch.zeros(block.shape, dtype=wide, device=q.device)
             if here:
                 dq_part, dk, dv = pair.backward(dout, q, block[0, :, :here], block[1, :, :here], out, lse)

@@ -79,6 +79,11 @@ def real(total: int, local: int, rank: int) -> int:
     return min(max(total - rank * local, 0), local)
 
 
+def reals(total: int, local: int, n: int) -> tuple[int, ...]:
+    """`real` of each of `n` processes."""
+    return tuple(real(total, local, r) for r in range(n))
+
+
 def evenly(n: int, parts: int) -> list[int]:
     """How many of `n` heads (or frames) each of `parts` processes computes: as even as can be, possibly none."""
     return [n // parts + (r < n % parts) for r in range(parts)]

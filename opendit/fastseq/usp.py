@@ -17,7 +17,7 @@ from opendit.fastseq.collectives import to_heads, to_tokens
 from opendit.fastseq.method import SelfAttention, Shape
 from opendit.fastseq.ring import Ring, ring_attention
 from opendit.fastseq.sequence import Sequence
-from opendit.fastseq.shards import total_length
+from opendit.fastseq.shards import reals, total_length
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Usp:
             # Padding travels with its row: the ring tells by the length what of a block is real.
             q, k, v = to_heads((q, k, v), sequence.line("ulysses"), row * local if ring > 1 else total)
         if ring > 1:
-            out = ring_attention(q, k, v, layer.pair, sequence.line("ring"), total)
+            counts = reals(total, row * local, ring)
+            out = ring_attention(q, k, v, layer.pair, sequence.line("ring"), counts)
         else:
             out = layer.attend(q, k, v)
         if row > 1:

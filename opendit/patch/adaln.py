@@ -95,19 +95,22 @@ class FusedAdaLN(Patched):
                 c = module(c)
         else:
             c = ada(c)
-        return self._kept(x, c, norm_a, attn, norm_m, mlp)
+        return self._kept(self._in_parts, x, c, norm_a, attn, norm_m, mlp)
 
     def _stream_in_parts(self, x: Tensor, *args: Any) -> Tensor:
         """`_in_parts` for a block that can be nothing else: `_block`, given the modulation."""
-        lower = autocast_dtype(x)
-        return self._kept(x if lower is None else self._stream(x, lower), *args)
+        return self._kept(self._in_parts, self._as_stream(x), *args)
 
-    def _kept(self, *args: Any) -> Tensor:
-        """The block in parts, keeping for its backward what was asked for."""
+    def _kept(self, run: Callable[..., Any], *args: Any) -> Any:
+        """What `run` makes of the block, keeping for its backward what was asked for."""
         if self._opendit_keep == "full" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._in_parts, *args, use_reentrant=False)
-            return out
-        return self._in_parts(*args)
+            return checkpoint(run, *args, use_reentrant=False)
+        return run(*args)
+
+    def _as_stream(self, x: Tensor) -> Tensor:
+        """x in the dtype of the residual stream."""
+        lower = autocast_dtype(x)
+        return x if lower is None else self._stream(x, lower)
 
     def _stream(self, x: Tensor, lower: torch.dtype) -> Tensor:
         """x in the dtype that was asked for the residual stream under autocast."""

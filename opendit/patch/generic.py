@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from opendit.patch import diffusers_parts
-from opendit.patch.families import dit
+from opendit.patch.families import diffusers_flux, diffusers_sd3, dit
 from opendit.patch.mlp import plan_mlp
 from opendit.patch.planner import Planner, has
 from opendit.patch.registry import GENERIC, Family
@@ -57,8 +57,12 @@ def plan_division(planner: Planner, plugin: str | None) -> None:
 def _plan(planner: Planner, name: str, module: Any) -> bool:
     """Whether `module` is one that is looked at as a whole; what came of it is then in the planner."""
     kind = diffusers_parts.path(type(module))
-    if kind == diffusers_parts.ATTENTION:
-        if module.is_cross_attention:
+    if kind == diffusers_flux.ATTENTION:
+        diffusers_flux.plan_joint_attention(planner, name, module)
+    elif kind == diffusers_parts.ATTENTION:
+        if diffusers_parts.path(type(module.processor)) == diffusers_sd3.PROCESSOR:
+            diffusers_sd3.plan_joint_attention(planner, name, module)
+        elif module.is_cross_attention:
             diffusers_parts.plan_cross_attention(planner, name, module)
         else:
             diffusers_parts.plan_attention(planner, name, module)

@@ -80,19 +80,20 @@ def disagreement(
         return _compare(twin.float(), mixin, examples[0], torch.float32, autocast=True)
 
 
-def reads_low_precision(sublayer: nn.Module, width: int) -> bool:
+def reads_low_precision(sublayer: nn.Module, *widths: int) -> bool:
     """Whether `sublayer` [B, L, width] → … is the same under autocast for an input in autocast's dtype.
 
     So it is where a Linear comes first, for that casts its input. A sublayer that switches autocast off, or begins
-    with something that autocast runs in fp32, must be given what upstream gives it.
+    with something that autocast runs in fp32, must be given what upstream gives it. Several widths are those of
+    several inputs.
     """
     with _neutral(), torch.no_grad():
         try:
             twin = _small_copy(sublayer, {}, torch.float32).eval()
-            x = torch.randn(2, 3, width)
+            xs = [torch.randn(2, 3, width) for width in widths]
             with torch.autocast("cpu", torch.bfloat16):
-                full, low = twin(x), twin(x.bfloat16())
-            return full.dtype == low.dtype and torch.equal(full, low)
+                full, low = _outputs(twin(*xs)), _outputs(twin(*(x.bfloat16() for x in xs)))
+            return all(f.dtype == o.dtype and torch.equal(f, o) for f, o in zip(full, low, strict=True))
         except Exception:
             return False
 
@@ -233,12 +234,16 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, autocast: bool) 
     args = inputs(dtype)
     leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = module(*args)
-    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+        outputs = _outputs(module(*args))
     cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
     wanted = leaves + list(module.parameters())
     grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
-    return [o.detach() for o in outputs] + list(grads)
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def _outputs(output: Any) -> list[torch.Tensor]:
+    """What a module returned, one tensor or several; None among several is left out."""
+    return [output] if isinstance(output, torch.Tensor) else [o for o in output if o is not None]
 
 
 def _difference(

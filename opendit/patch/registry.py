@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from opendit.patch.core import Patched
 from opendit.patch.planner import Planner
 
 
@@ -62,6 +63,26 @@ class Alternating:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Blocks of two streams of tokens, image [B, L, D] and text [B, Lt, D], their first two arguments: both are spread.
+
+    Attributes:
+        gather: the name of the module after whose output [B, L, C] of the image the model needs all tokens.
+        around: the mixin that stands around the model and refuses arguments for which a part will not do.
+        attention, mlp: the names of the sublayers in blocks that have them; only attention looks across tokens.
+        norms: the names of what norms a stream, in blocks or after them, and might be anything.
+        tokens: as in `Spread`.
+    """
+
+    gather: str
+    around: type[Patched]
+    attention: tuple[str, ...] = ("attn", "attn2")
+    mlp: tuple[str, ...] = ("ff", "ff_context")
+    norms: tuple[str, ...] = ("norm1_context", "norm_out")
+    tokens: Callable[[Any], int | None] = lambda model: None
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model that `accelerate` knows.
 
@@ -71,9 +92,9 @@ class Family:
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList, or the names of several.
-        spread: where its sequence is split and gathered, for blocks in one list: `Spread` where attention looks across
-            all tokens, `Alternating` where it looks within frames and within tokens in turn; None: it has no
-            sequence parallelism.
+        spread: where its sequence is split and gathered: `Spread` for blocks in one list where attention looks across
+            all tokens, `Alternating` where it looks within frames and within tokens in turn, `Joint` for image and
+            text beside each other; None: it has no sequence parallelism.
         called_apart: names of modules inside blocks that the model also calls from outside them.
     """
 
@@ -82,7 +103,7 @@ class Family:
     traits: tuple[Trait, ...]
     plan: Callable[[Any, Planner], None]
     blocks: str | tuple[str, ...]
-    spread: Spread | Alternating | None = None
+    spread: Spread | Alternating | Joint | None = None
     called_apart: tuple[str, ...] = ()
 
     def blocks_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from opendit.attention import attend, blockwise
 from opendit.fastseq import Projection, SelfAttention, inputs, methods
 from opendit.fastseq.collectives import gather_tokens, split_tokens
+from opendit.fastseq.joint import joint_attention, rows_of
 from opendit.fastseq.method import Pair
 from opendit.fastseq.shards import total_length
 from opendit.patch.core import Patched, autocast_dtype
@@ -64,15 +65,35 @@ class ComparesModelInputs(ComparesInputs):
 class SplitTokens(ComparesInputs):
     """Around the first block: it gets this process's part of its first argument."""
 
+    streams: ClassVar[int] = 1  # how many of its arguments are sequences
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._compare_inputs(*args, *kwargs.values())
-        first = self._opendit_parameters[0]
-        sp = self._opendit_sequence.size
-        if args:
-            args = (split_tokens(args[0], sp), *args[1:])
-        elif first in kwargs:
-            kwargs = {**kwargs, first: split_tokens(kwargs[first], sp)}
+        sp, n = self._opendit_sequence.size, self.streams
+        args = (*(split_tokens(x, sp) for x in args[:n]), *args[n:])
+        named = self._opendit_parameters[len(args) : n]
+        kwargs = {**kwargs, **{name: split_tokens(kwargs[name], sp) for name in named if name in kwargs}}
         return cast(Any, super()).forward(*args, **kwargs)
+
+
+class SplitStreams(SplitTokens):
+    """The same for a block of two streams, which are its first two arguments."""
+
+    streams = 2
+
+
+class ChecksArguments(Patched):
+    """Base of what stands around a model whose forward may do something between blocks that takes all tokens."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        why = self._needs_all_tokens({**dict(zip(self._opendit_parameters, args, strict=False)), **kwargs})
+        if why is not None:
+            refuse(why)
+        return cast(Any, super()).forward(*args, **kwargs)
+
+    def _needs_all_tokens(self, given: dict[str, Any]) -> str | None:
+        """What in the model's arguments does so, by name, or None."""
+        raise NotImplementedError
 
 
 class GatherTokens(Patched):
@@ -133,6 +154,14 @@ class SpreadAttention(OnPart, Sublayer):
             pair=_PAIR,
         )
         return methods()[sequence.method].attention(x, layer, sequence)
+
+    def _spread_jointly(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The same among several sequences, for this process's parts of them: [B, Σ l_j, H, K] → [B, Σ l_j, H·K]."""
+        return joint_attention(q, k, v, lengths, self._attend, _PAIR, self._opendit_sequence).flatten(2)
+
+    def _rows_of_parts(self, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Of x [Σ L_j, K] the rows of this process's tokens, [Σ l_j, K]."""
+        return rows_of(x, lengths, self._opendit_sequence.size)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, backend=self._opendit_attention)

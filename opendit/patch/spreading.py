@@ -18,8 +18,8 @@ from opendit.patch.core import Edit
 from opendit.patch.parts import plain_linear
 from opendit.patch.planner import Planner
 from opendit.patch.probe import separable
-from opendit.patch.registry import Family, Spread
-from opendit.patch.spread import GatherTokens, OnPart, SplitTokens, SpreadAttention
+from opendit.patch.registry import Family, Joint, Spread
+from opendit.patch.spread import GatherTokens, OnPart, SplitStreams, SplitTokens, SpreadAttention
 
 
 def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
@@ -49,6 +49,47 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
             raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
     put_around(planner, blocks[0][0], SplitTokens, "gets its process's part of the tokens")
     plan_gather(planner, model, spread.gather)
+
+
+def plan_joint(planner: Planner, model: nn.Module, family: Family) -> None:
+    """The same for blocks of two streams."""
+    spread = family.spread
+    assert isinstance(spread, Joint)
+    blocks = whole_blocks(model, family)
+    kept = {entry.fqn: entry.why for entry in planner.kept}
+    edits = {edit.fqn: edit for edit in planner.edits}
+    for fqn, block in blocks:
+        if fqn not in edits:
+            raise cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens outside attention")
+        for name in _present(block, spread.attention):
+            _check_attention(planner, f"{fqn}.{name}", block, edits, kept)
+        for name in _present(block, spread.mlp):
+            mlp = f"{fqn}.{name}"
+            if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(name), _width(block)):
+                raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
+        _check_norms(planner, block, f"{fqn}.", spread.norms, edits, kept)
+    _check_norms(planner, model, "", spread.norms, edits, kept)
+    put_around(planner, blocks[0][0], SplitStreams, "gets its process's part of image and text")
+    plan_gather(planner, model, spread.gather)
+    put_around(planner, "", spread.around, "arguments that take all tokens are refused")
+
+
+def _present(block: nn.Module, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(block, name, None) is not None]
+
+
+def _check_norms(
+    planner: Planner,
+    module: nn.Module,
+    prefix: str,
+    names: tuple[str, ...],
+    edits: dict[str, Edit],
+    kept: dict[str, str],
+) -> None:
+    for name in _present(module, names):
+        fqn = prefix + name
+        if fqn not in edits and not planner.took_over(module.get_submodule(name)):
+            raise cannot(fqn, f"it is left to upstream ({kept.get(fqn)}), so it may mix tokens")
 
 
 def whole_blocks(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
@@ -85,9 +126,10 @@ def plain_projections(planner: Planner, model: nn.Module, family: Family) -> boo
 
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
-    assert isinstance(family.spread, Spread)
+    assert isinstance(family.spread, Spread | Joint)
+    names = family.spread.attention
     for _, block in family.blocks_of(model):
-        yield block.get_submodule(family.spread.attention)
+        yield block.get_submodule(names if isinstance(names, str) else names[0])
 
 
 def _check_attention(
@@ -121,7 +163,9 @@ def _width(block: nn.Module) -> int:
 
 
 def _head_dim(attention: Any) -> int:
-    return int(attention.qkv.weight.shape[0]) // (3 * int(attention.num_heads))
+    if hasattr(attention, "qkv"):
+        return int(attention.qkv.weight.shape[0]) // (3 * int(attention.num_heads))
+    return int(attention.to_q.weight.shape[0]) // int(attention.heads)
 
 
 def _token_by_token(module: nn.Module, width: int) -> bool:

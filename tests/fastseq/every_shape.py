@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from opendit.fastseq import joint
 from tests.fastseq.fuzzing import TOKENS, _case
 from tests.fastseq.whole_models import METHODS, sizes
 
@@ -14,5 +15,5 @@ def cases(world: int) -> dict[str, Any]:
     return {
         f"{m}/{sp}": functools.partial(_case, m, sp, every)
         for sp in sizes(world)
-        for m in (*METHODS, "fastseq-overlapped-regather")
+        for m in (*METHODS, "fastseq-overlapped-regather", *(f"joint {name}" for name in joint.METHODS))
     }

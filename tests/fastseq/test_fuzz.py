@@ -18,10 +18,10 @@ def _right(module: str, world: int, case: str, times: int, limit: float = 240.0)
 
 @pytest.mark.parametrize(("world", "case"), EACH)
 def test_shapes_drawn(world: int, case: str):
-    _right("tests.fastseq.fuzzing", world, case, fuzzing.draws(world))
+    _right("tests.fastseq.fuzzing", world, case, fuzzing.draws(world, case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "case"), EACH)
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (2, 4) for case in every_shape.cases(world)])
 def test_every_shape(world: int, case: str):
     _right(every_shape.__name__, world, case, len(fuzzing.TOKENS), 3600.0)

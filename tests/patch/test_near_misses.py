@@ -772,6 +772,195 @@ def subclass_of_the_model(model):
     becomes(model, forward)
 
 
+# -- blocks of two streams: diffusers' SD3 -----------------------------------------------------------------------------
+
+
+@miss("sd3", left="transformer_blocks.0", fused="transformer_blocks.1")
+def block_that_halves(model):
+    super_forward = type(model.transformer_blocks[0]).forward
+    becomes(model.transformer_blocks[0], lambda self, *a, **k: tuple(0.5 * x for x in super_forward(self, *a, **k)))
+
+
+@miss("sd3", left="transformer_blocks.0")
+def block_with_another_forward_on_it(model):
+    block = model.transformer_blocks[0]
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return type(self).forward(self, 2 * hidden_states, *args, **kwargs)
+
+    block.forward = types.MethodType(forward, block)
+
+
+@miss("sd3", left="transformer_blocks.0", fused="transformer_blocks.0.attn transformer_blocks.0.ff")
+def adaptive_norm_of_the_text_with_chunks_swapped(model):
+    super_forward = type(model.transformer_blocks[0].norm1_context).forward
+
+    def forward(self, x, *args, **kwargs):
+        x, gate_a, shift_m, scale_m, gate_m = super_forward(self, x, *args, **kwargs)
+        return x, gate_m, shift_m, scale_m, gate_a
+
+    becomes(model.transformer_blocks[0].norm1_context, forward)
+
+
+@miss("sd3", left="transformer_blocks.0")
+def adaptive_norm_in_single_precision(model):
+    from diffusers.models.normalization import FP32LayerNorm
+
+    model.transformer_blocks[0].norm1.norm = FP32LayerNorm(48, eps=1e-3, elementwise_affine=False)
+
+
+@miss("sd3", fused="transformer_blocks.0")
+def adaptive_norm_with_another_activation(model):
+    model.transformer_blocks[0].norm1_context.silu = nn.GELU()
+
+
+@miss("sd3", fused="transformer_blocks.0", alters=False)
+def modulation_without_a_bias(model):
+    model.transformer_blocks[0].norm1.linear = nn.Linear(48, 6 * 48, bias=False)
+
+
+@miss("sd3", fused="transformer_blocks.0 transformer_blocks.1")
+def plain_norms_with_weights_and_other_eps(model):
+    model.transformer_blocks[0].norm2_context = nn.LayerNorm(48, eps=1e-2)
+    model.transformer_blocks[1].norm2 = nn.LayerNorm(48, eps=1e-2)
+
+
+@miss("sd3", left="transformer_blocks.1.norm1_context", fused="transformer_blocks.1")
+def the_last_text_normed_with_chunks_swapped(model):
+    def forward(self, x, c):
+        shift, scale = self.linear(self.silu(c)).chunk(2, dim=1)
+        return self.norm(x) * (1 + scale)[:, None] + shift[:, None]
+
+    becomes(model.transformer_blocks[1].norm1_context, forward)
+
+
+@miss("sd3", left="norm_out")
+def the_last_norm_by_root_mean_square(model):
+    from diffusers.models.normalization import AdaLayerNormContinuous
+
+    model.norm_out = AdaLayerNormContinuous(48, 48, elementwise_affine=False, norm_type="rms_norm")
+
+
+@miss("sd3", left="transformer_blocks.0.attn", fused="transformer_blocks.0")
+def joint_attention_with_a_processor_of_ones_own(model):
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    class Doubling(JointAttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return tuple(2 * y for y in super().__call__(*args, **kwargs))
+
+    model.transformer_blocks[0].attn.set_processor(Doubling())
+
+
+@miss("sd3", fused="transformer_blocks.0.attn transformer_blocks.0")
+def joint_attention_that_normalises_the_texts_queries_only(model):
+    model.transformer_blocks[0].attn.norm_added_q = nn.LayerNorm(16)
+
+
+@miss("sd3", left="transformer_blocks.0.attn", fused="transformer_blocks.0")
+def joint_attention_with_norms_across_heads(model):
+    attn = model.transformer_blocks[0].attn
+    attn.norm_q = nn.Softmax(dim=1)  # of [B, H, L, K]
+
+
+@miss("sd3", fused="transformer_blocks.0.attn")
+def joint_attention_with_fewer_heads(model):
+    model.transformer_blocks[0].attn.heads = 2
+
+
+@miss("sd3", left="transformer_blocks.0.ff_context", fused="transformer_blocks.0 transformer_blocks.0.ff")
+def feed_forward_of_the_text_with_a_gate(model):
+    from diffusers.models.attention import FeedForward
+
+    model.transformer_blocks[0].ff_context = FeedForward(48, activation_fn="geglu")
+
+
+# -- of two streams and of one: diffusers' Flux ------------------------------------------------------------------------
+
+double, one = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+@miss("flux", left=double, fused=one)
+def block_of_two_streams_that_halves(model):
+    super_forward = type(model.transformer_blocks[0]).forward
+    becomes(model.transformer_blocks[0], lambda self, *a, **k: tuple(0.5 * x for x in super_forward(self, *a, **k)))
+
+
+@miss("flux", left=one, fused=double)
+def block_of_one_stream_that_halves(model):
+    block = model.single_transformer_blocks[0]
+    super_forward = type(block).forward
+    becomes(block, lambda self, *a, **k: tuple(0.5 * x for x in super_forward(self, *a, **k)))
+
+
+@miss("flux", left=one, fused=f"{one}.attn")
+def norm_of_one_stream_with_chunks_swapped(model):
+    def forward(self, x, emb=None):
+        gate, scale, shift = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
+
+    becomes(model.single_transformer_blocks[0].norm, forward)
+
+
+@miss("flux", left=one, fused=f"{one}.attn")
+def one_stream_with_relu(model):
+    model.single_transformer_blocks[0].act_mlp = nn.ReLU()
+
+
+@miss("flux", fused=one)
+def one_stream_with_exact_gelu(model):
+    model.single_transformer_blocks[0].act_mlp = nn.GELU()
+
+
+@miss("flux", fused=f"{double}.attn {one}.attn")
+def attention_without_norms(model):
+    for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
+        block.attn.norm_q = block.attn.norm_k = nn.Identity()
+
+
+@miss("flux", left=f"{one}.attn", fused=one)
+def attention_of_one_stream_that_doubles(model):
+    attn = model.single_transformer_blocks[0].attn
+    super_forward = type(attn).forward
+    becomes(attn, lambda self, *a, **k: 2 * super_forward(self, *a, **k))
+
+
+@miss("flux", left=f"{double}.attn", fused=double)
+def attention_that_forgets_positions(model):
+    super_forward = type(model.transformer_blocks[0].attn).forward
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs):
+        return super_forward(self, hidden_states, encoder_hidden_states)
+
+    becomes(model.transformer_blocks[0].attn, forward)
+
+
+@miss("flux", left=f"{double}.attn", fused=double)
+def joint_attention_with_a_processor_that_doubles(model):
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    class Doubling(FluxAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            return tuple(2 * y for y in super().__call__(*args, **kwargs))
+
+    model.transformer_blocks[0].attn.set_processor(Doubling())
+
+
+@miss("flux", left=double)
+def text_norm_in_single_precision(model):
+    from diffusers.models.normalization import FP32LayerNorm
+
+    model.transformer_blocks[0].norm1_context.norm = FP32LayerNorm(48, eps=1e-3, elementwise_affine=False)
+
+
+@miss("flux", left="norm_out", fused=f"{double} {one}")
+def the_last_norm_without_a_shift(model):
+    def forward(self, x, c):
+        return self.norm(x) * (1 + self.linear(self.silu(c)).chunk(2, dim=1)[0])[:, None]
+
+    becomes(model.norm_out, forward)
+
+
 def test_they_are_many():
     assert len(MISSES) >= 50
     families = {"dit", "latte", "diffusers_dit", "diffusers_pixart", "lightningdit"}
