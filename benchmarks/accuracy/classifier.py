@@ -1,0 +1,87 @@
+"""A small classifier, trained on the real data in the same script, that says whether samples are what was asked for.
+
+    images [B, 3, H, W], clips [B, F, 3, H, W] → logits of each question, such as motion, colour and shape
+
+Convolutions of stride 2 with GroupNorm, 2-d or 3-d, then the mean over all places and one linear map a question.
+Trained with AdamW and a cosine schedule; images are shifted by up to an eighth of their side, and flipped where that
+may be.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    def __init__(self, questions: Mapping[str, int], clips: bool, width: int, layers: int):
+        super().__init__()
+        conv = nn.Conv3d if clips else nn.Conv2d
+        widths = [3, *(width * 2**i for i in range(layers))]
+        self.clips = clips
+        self.layers = nn.ModuleList(
+            nn.Sequential(conv(a, b, 3, 2, 1), nn.GroupNorm(4, b), nn.SiLU(), conv(b, b, 3, 1, 1), nn.SiLU())
+            for a, b in itertools.pairwise(widths)
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], count) for name, count in questions.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.transpose(1, 2) if self.clips else x
+        for layer in self.layers:
+            x = layer(x)
+        pooled = x.flatten(2).mean(2)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+def fit(
+    inputs: Tensor,
+    answers: Mapping[str, Tensor],
+    questions: Mapping[str, int],
+    *,
+    steps: int,
+    width: int = 32,
+    layers: int = 4,
+    batch: int = 64,
+    lr: float = 2e-3,
+    flip: bool = False,
+    seed: int = 0,
+) -> Classifier:
+    """Trains one on `inputs` in [−1, 1] and their `answers` [N]. `questions`: how many answers each has."""
+    torch.manual_seed(seed)
+    device = inputs.device
+    model = Classifier(questions, inputs.dim() == 5, width, layers).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    reach = inputs.shape[-1] // 8
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (batch,), device=device)
+        dx, dy = torch.randint(-reach, reach + 1, (2,)).tolist()
+        x = inputs[chosen].roll((dy, dx), (-2, -1))
+        if flip and torch.rand(()) < 0.5:
+            x = x.flip(-1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            found = model(x)
+        loss = sum(F.cross_entropy(found[name].float(), answers[name][chosen]) for name in questions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, inputs: Tensor, answers: Mapping[str, Tensor], batch: int = 256) -> dict[str, float]:
+    """The share that is answered rightly, for each question, and "all" of them where there are several."""
+    right: dict[str, list[Tensor]] = {name: [] for name in answers}
+    for start in range(0, len(inputs), batch):
+        found = model(inputs[start : start + batch])
+        for name, values in answers.items():
+            right[name].append(found[name].argmax(1) == values[start : start + batch])
+    each = {name: torch.cat(parts) for name, parts in right.items()}
+    if len(each) > 1:
+        each["all"] = torch.stack(list(each.values())).all(0)
+    return {name: values.double().mean().item() for name, values in each.items()}
