@@ -258,7 +258,8 @@ def save_model(
         f"- Data: {len(data['train'])} images of CIFAR-10 (Krizhevsky 2009), flipped at random.\n"
         f"- Measured at a guidance of {scale:g}: {in_words(row['final'][str(scale)])}; real test images: "
         f"{in_words(facts['real'])}.\n"
-        "- Meant for trying out the scripts. It is small, was trained for minutes, and is no model to rely on."
+        "- Meant for trying out the scripts. It is small, was trained for minutes, and is no model to rely on.\n"
+        "- Licence: Apache-2.0, as the project; CIFAR-10 itself comes without an explicit one."
     )
     export(args.out / "checkpoint", weights, config, "DiT for CIFAR-10", card)
 

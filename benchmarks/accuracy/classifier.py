@@ -2,9 +2,9 @@
 
     images [B, 3, H, W], clips [B, F, 3, H, W] → logits of each question, such as motion, colour and shape
 
-Convolutions of stride 2 with GroupNorm, 2-d or 3-d, then the mean over all places and one linear map a question.
-Trained with AdamW and a cosine schedule; images are shifted by up to an eighth of their side, and flipped where that
-may be.
+Convolutions of stride 2 with GroupNorm, 2-d or 3-d, then mean and maximum over all places, and one linear map for each
+question. Trained with AdamW and a cosine schedule; images are shifted by up to an eighth of their side, and flipped
+where that may be.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Classifier(nn.Module):
             nn.Sequential(conv(a, b, 3, 2, 1), nn.GroupNorm(4, b), nn.SiLU(), conv(b, b, 3, 1, 1), nn.SiLU())
             for a, b in itertools.pairwise(widths)
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], count) for name, count in questions.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], count) for name, count in questions.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = x.transpose(1, 2) if self.clips else x
         for layer in self.layers:
             x = layer(x)
-        pooled = x.flatten(2).mean(2)
+        pooled = torch.cat([x.flatten(2).mean(2), x.flatten(2).amax(2)], dim=1)  # small things would drown in a mean
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
