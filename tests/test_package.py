@@ -61,7 +61,11 @@ def test_wheel_accelerates_a_model_in_a_clean_environment(wheel, tmp_path):
     assert done.stdout.strip().endswith("dit")
     measure = ["-m", "opendit", "bench", "--step", "train", "--variants", "plain", "opendit", "--repeats", "1"]
     done = subprocess.run(
-        [python, *measure, "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "", "HOME": "/"}
+        [python, *measure, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HOME": "/"},
     )
     assert done.returncode == 0, done.stderr
     assert "training step" in done.stdout

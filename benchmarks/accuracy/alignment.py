@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import opendit
-from benchmarks.accuracy import cifar, upstream
+from benchmarks.accuracy import cifar, files, upstream
 from benchmarks.accuracy.training import curve, hold_back, smoothed
 from benchmarks.common import RESULTS, write_results
 from opendit.patch import core
@@ -52,12 +52,12 @@ def main() -> int:
         rows = list(pool.map(lambda run: worker(args, Path(name), run), args.runs))
     losses = {row["run"]: row.pop("losses") for row in rows if "losses" in row}
     compared = list(compare(losses, args.window))
-    *_, layers = upstream.load(args.upstream)
     facts = {
         "setting": f"{args.model} of facebookresearch/DiT on CIFAR-10's pixels ({args.size} px), batch {args.batch}, "
         f"AdamW at {args.lr:g}, seed {args.seed}",
         "upstream": upstream.commit(args.upstream),
-        "layers": layers,
+        "layers": upstream.layers(),
+        "command": files.command(),
         "seed": args.seed,
         "budget_s": args.seconds,
         "window": args.window,
@@ -99,6 +99,10 @@ def parse() -> argparse.Namespace:
         args.model, args.size, args.batch, args.max_steps, args.window, args.jobs = "DiT-S/8", 16, 2, 3, 2, 1
     elif not args.data:
         parser.error("--data: is needed, the files that benchmarks/accuracy/prepare.py cifar writes")
+    try:
+        upstream.check(args.upstream)
+    except ValueError as error:
+        parser.error(f"--{error}")
     for run in args.runs:
         precision, _, variant = run.partition(":")
         if precision not in PRECISIONS or variant not in VARIANTS:
@@ -144,7 +148,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     labels = data["train.labels"].to(device)
     order = torch.Generator().manual_seed(args.seed)
 
-    dit_models, create_diffusion, _ = upstream.load(args.upstream)
+    dit_models, create_diffusion = upstream.load(args.upstream)
     torch.manual_seed(args.seed)
     model = dit_models[args.model](input_size=args.size, in_channels=3, num_classes=10).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -59,6 +59,7 @@ def main() -> int:
     path: Path | None = None
     rows: list[dict[str, Any]] = []
     facts = {"setting": setting_of(args, model_arguments), "seed": args.seed, "budget_s": args.seconds}
+    facts["command"] = files.command()
     trained: dict[str, Trained] = {}
     for name in args.variants:
         model = DiT(**model_arguments).to(device).train()

@@ -2,9 +2,9 @@
 
     images [B, 3, H, W], clips [B, F, 3, H, W] → logits of each question, such as motion, colour and shape
 
-Pairs of convolutions with BatchNorm, 2-d or 3-d, the first of each with stride 2 (in time from the second pair on), then
-the maximum over all places, since what matters may be small, and one linear map for each question. Trained with AdamW
-in one cycle; images are shifted by up to an eighth of their side, and flipped where that may be.
+Pairs of convolutions with BatchNorm, 2-d or 3-d, the first of each with stride 2 (in time from the second pair on),
+then the maximum over all places, since what matters may be small, and one linear map for each question. Trained with
+AdamW in one cycle; images are shifted by up to an eighth of their side, and flipped where that may be.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+import shlex
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ def save_gif(path: Path, clips: Tensor, columns: int, scale: int = 1, fps: int =
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=1000 // fps, loop=0)
 
 
-def repeated(values: Sequence[int], times: int, device: torch.device) -> Tensor:
-    """Each value `times` times, one after the other."""
-    return torch.tensor(values, device=device).repeat_interleave(times)
+def command() -> str:
+    """How this process was started, folders left out: what they are called elsewhere does not matter."""
+    words = [word if word.startswith("-") else Path(word).name for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/accuracy/{Path(sys.argv[0]).name}", *words])

@@ -99,6 +99,7 @@ def main() -> int:
         f"{args.cfg_scale:g}"
     )
     facts = {"setting": setting, "seed": args.seed, "budget_s": args.seconds}
+    facts["command"] = files.command()
     path = write_results("accuracy_text_to_image", [row], args.out, **facts)
     print(f"nearest {row['nearest']}; group {row['group']}; written to {path}")
     return 0

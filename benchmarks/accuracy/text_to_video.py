@@ -100,6 +100,7 @@ def main() -> int:
         f"{args.sample_steps} steps, guidance {args.cfg_scale:g}"
     )
     facts = {"setting": setting, "seed": args.seed, "budget_s": args.seconds}
+    facts["command"] = files.command()
     path = write_results("accuracy_text_to_video", [row], args.out, **facts)
     print({name: row[name] for name in ("real_held_out", "drawn_trained", "drawn_held_out")}, f"written to {path}")
     return 0

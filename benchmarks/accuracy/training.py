@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,9 +209,3 @@ def curve(losses: Tensor, points: int = 100) -> dict[str, Any]:
     """A loss curve for the record: means over equal windows."""
     width = max(1, len(losses) // points)
     return {"every": width, "losses": losses[: len(losses) // width * width].view(-1, width).mean(1).tolist()}
-
-
-def evenly(total: int, parts: int) -> Iterator[int]:
-    """How many of `total` each of `parts` gets."""
-    for i in range(parts):
-        yield total // parts + (i < total % parts)

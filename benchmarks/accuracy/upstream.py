@@ -6,6 +6,7 @@ mathematics stand in for them, and `layers` in the record says so.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import subprocess
@@ -46,21 +47,31 @@ class PatchEmbed(dit.PatchEmbed):
         self.patch_size = (patch_size, patch_size)
 
 
-def load(clone: Path) -> tuple[Any, Any, str]:
-    """(models.DiT_models, diffusion.create_diffusion, whose layers). `clone` goes first on sys.path from then on."""
+def layers() -> str:
+    """Whose layers upstream's model is made of here."""
+    return "stand-ins for timm's" if importlib.util.find_spec("timm") is None else "timm's"
+
+
+def check(clone: Path) -> None:
     for name in ("models.py", "diffusion/__init__.py"):
         if not (clone / name).is_file():
             raise ValueError(f"upstream: {clone} has no {name}; allowed: a clone of facebookresearch/DiT")
-    layers = "timm's"
+
+
+def load(clone: Path) -> tuple[Any, Any]:
+    """models.DiT_models and diffusion.create_diffusion.
+
+    The process is upstream's from then on: `clone` goes first on sys.path, and the stand-ins are called timm.
+    """
+    check(clone)
     if importlib.util.find_spec("timm") is None:
-        layers = "stand-ins for timm's"
         for name in ("timm", "timm.models", "timm.models.vision_transformer"):
             sys.modules[name] = types.ModuleType(name)
         for layer in (Attention, Mlp, PatchEmbed):
             setattr(sys.modules["timm.models.vision_transformer"], layer.__name__, layer)
     sys.path.insert(0, str(clone))
     models, diffusion = importlib.import_module("models"), importlib.import_module("diffusion")
-    return models.DiT_models, diffusion.create_diffusion, layers
+    return models.DiT_models, diffusion.create_diffusion
 
 
 def commit(clone: Path) -> str:
@@ -69,8 +80,6 @@ def commit(clone: Path) -> str:
     inside = subprocess.run(["git", "-C", clone, "rev-parse", "--show-prefix"], capture_output=True, text=True)
     if done.returncode == 0 and done.stdout.strip() and not inside.stdout.strip():
         return done.stdout.strip()
-    import hashlib
-
     digest = hashlib.sha256()
     for path in sorted([clone / "models.py", *(clone / "diffusion").glob("*.py")]):
         digest.update(path.read_bytes())
