@@ -99,15 +99,15 @@ def parse() -> argparse.Namespace:
         args.model, args.size, args.batch, args.max_steps, args.window, args.jobs = "DiT-S/8", 16, 2, 3, 2, 1
     elif not args.data:
         parser.error("--data: is needed, the files that benchmarks/accuracy/prepare.py cifar writes")
-    try:
-        upstream.check(args.upstream)
-    except ValueError as error:
-        parser.error(f"--{error}")
     for run in args.runs:
         precision, _, variant = run.partition(":")
         if precision not in PRECISIONS or variant not in VARIANTS:
             allowed = f"{', '.join(PRECISIONS)}, a colon, and {', '.join(VARIANTS)}"
             parser.error(f"--runs: got {run!r}; allowed: one of {allowed}")
+    try:
+        upstream.check(args.upstream)
+    except ValueError as error:
+        parser.error(f"--{error}")
     return args
 
 

@@ -371,6 +371,11 @@ def test_when_a_distance_was_reached():
         (alignment, ["--upstream", "x"], "--data: is needed"),
         (
             alignment,
+            ["--upstream", "x", "--smoke"],
+            "--upstream: x has no models.py; allowed: a clone of facebookresearch",
+        ),
+        (
+            alignment,
             ["--upstream", "x", "--smoke", "--runs", "fp8:plain"],
             "--runs: got 'fp8:plain'; allowed: one of fp32",
         ),
