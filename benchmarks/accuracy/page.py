@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "results"
 HEAD = """# Results: as accurate, and sooner
 
 Written by `python benchmarks/accuracy/page.py` from the JSON files in this folder; a test compares the two. What is not
-measured says so. The runs are small, on small real data, for the minutes that they name; the scripts, their commands and
-what they need: [benchmarks/accuracy](../../benchmarks/accuracy/README.md).
+measured says so. The runs are small, on small real data, for the minutes that they name; the scripts, their commands
+and what they need: [benchmarks/accuracy](../../benchmarks/accuracy/README.md).
 """
 NAMES = {
     "published": "as published (fp32 + TF32, eager)",
