@@ -9,6 +9,7 @@ by parameter; images take the place of latents. Runs are named PRECISION:VARIANT
     fp32, tf32, bf16    fp32 products; TF32's, as train.py allows; bf16 autocast
     plain, again        upstream's code, twice: what the GPU's own changing order of additions makes of equal runs
     opendit             import opendit; opendit.accelerate(model, "train", optimizer=opt)
+    fp8                 the same with precision="fp8", on GPUs that have it
 
 Each run is a process of its own; they share the device, so their speeds say nothing. Equal seeds give equal weights,
 batches, timesteps, noise and label drops. Runs of one precision are compared over the steps that all of them reached:
@@ -39,7 +40,12 @@ from benchmarks.accuracy.training import curve, hold_back, smoothed
 from benchmarks.common import RESULTS, write_results
 from opendit.patch import core
 
-PRECISIONS, VARIANTS = ("fp32", "tf32", "bf16"), ("plain", "again", "opendit")
+PRECISIONS, VARIANTS = ("fp32", "tf32", "bf16"), ("plain", "again", "opendit", "fp8")
+BOOSTERS: dict[str, Any] = {
+    "opendit": "train",
+    # No variant looks at its gradients.
+    "fp8": {"activation_checkpointing": "selective", "cuda_graphs": True, "precision": "fp8", "skip_nonfinite": False},
+}
 RUNS = ("fp32:plain", "fp32:opendit", "bf16:plain", "bf16:again", "bf16:opendit")
 
 
@@ -154,8 +160,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     ema = copy.deepcopy(model).requires_grad_(False)
     diffusion = create_diffusion(timestep_respacing="")
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
-    if variant == "opendit":
-        opendit.accelerate(model, "train", optimizer=opt)  # all that opendit asks for
+    if variant in BOOSTERS:
+        opendit.accelerate(model, BOOSTERS[variant], optimizer=opt)  # all that opendit asks for
         if not any(edit.fqn.startswith("blocks.") for edit in core.plan_of(model).edits):
             raise RuntimeError("no block of upstream's model was accelerated")
     model.train()
@@ -182,7 +188,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.detach().float())
         hold_back(device, queued)
     found = torch.stack(losses).cpu()
-    notes = sorted({what for _, what in core.notes(model)}) if variant == "opendit" else []
+    notes = sorted({what for _, what in core.notes(model)}) if variant in BOOSTERS else []
     return {"losses": found, "seconds": time.perf_counter() - started, "notes": notes}
 
 
