@@ -89,6 +89,7 @@ def _row(
     on_gpu = job.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(job.device)
+        before = torch.cuda.memory_allocated(job.device)  # the template's and the batch's
     try:
         start = time.perf_counter()
         run = kind(job, variant, precision, config)
@@ -102,7 +103,7 @@ def _row(
         if row.refused is None:
             row.ms = timed(run.step, job.device, repeats)
             row.per_s = (job.samples if step == "train" else job.drawn) / row.ms * 1e3
-            row.memory_gib = torch.cuda.max_memory_allocated(job.device) / 2**30 if on_gpu else None
+            row.memory_gib = (torch.cuda.max_memory_allocated(job.device) - before) / 2**30 if on_gpu else None
     except torch.OutOfMemoryError:
         row.refused = "out of memory; take a smaller batch, image or model"
     except Exception as error:
@@ -144,7 +145,7 @@ class _Training:
         _set(self.model, self.job.model)
         for _ in range(BACKWARDS):
             self.backward()
-        gradients = {n: p.grad.detach().double().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad.detach().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.state.clear()
         return {"gradients": gradients, "losses": torch.stack([self.step() for _ in range(LOSSES)]).tolist()}
 
