@@ -147,6 +147,32 @@ def test_resnet_is_its_formula():
     assert sum(name.endswith("conv1.weight") for name in resnet.ResNet().state_dict()) == 28
 
 
+def test_the_judge_scores_what_is_drawn(monkeypatch):
+    """Real test images in place of drawn ones get the score of real test images; training images have no distance."""
+    monkeypatch.setattr(sys, "argv", ["cifar.py", "--smoke"])
+    data = cifar.invented(0)
+    model = {"input_size": 32, "patch_size": 8, "in_channels": 3, "num_classes": 10, "hidden_size": 16, "depth": 1,
+             "num_heads": 2, "learn_sigma": False}  # fmt: skip
+    judge = cifar.Judge(data, torch.device("cpu"), model, cifar.parse())
+    judge.resnet.linear.weight.data.normal_(0, 30)  # opinions
+    judge.test, judge.test_logits = judge.moments(data["test"].float() / 127.5 - 1)
+    logits = judge.resnet(data["test"].float() / 127.5 - 1)[1]
+    right = (logits.argmax(1) == data["test.labels"]).double().mean().item()
+    assert 0 < right < 1
+    assert judge.real()["accuracy"] == right
+    for split, asked in (("test", data["test.labels"]), ("test", (data["test.labels"] + 1) % 10), ("train", None)):
+        images = data[split].float() / 127.5 - 1
+        labels = data[f"{split}.labels"] if asked is None else asked
+        monkeypatch.setattr(judge, "draw", lambda *_, drawn=(images, labels), **__: drawn)
+        score = judge.score(1.0)
+        assert abs(score["distance_to_test" if split == "test" else "distance"]) < 1e-9
+        if split == "test":
+            assert score["distance"] == pytest.approx(judge.real()["distance"])
+            assert score["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    judge.take({name: torch.zeros_like(value) for name, value in judge.net.state_dict().items()})
+    assert all(not value.any() for value in judge.net.parameters())
+
+
 def test_the_classifier_learns_what_can_be_learned():
     torch.manual_seed(0)
     bright, tall = torch.arange(40) % 2, torch.arange(40) // 2 % 2
