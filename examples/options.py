@@ -25,6 +25,8 @@ from examples.models.registry import MODELS
 SWITCH = ("auto", "on", "off")
 METHODS = ("auto", "fastseq", "ulysses", "ring", "usp")
 PLUGINS = ("auto", "ddp", "zero1", "zero2", "zero3", "gemini")
+# The checkpoints that come with the project; image/sample.py takes the first that is there where none is named.
+SHIPPED = tuple(Path(__file__).parent / "checkpoints" / name for name in ("cifar10", "digits"))
 # opendit's kernels by what they do; one that does both is in use only where neither flag is off.
 MODULATES = ("gate_residual", "gate_residual_layernorm_modulate", "layernorm_modulate")
 NORMALISES = ("gate_residual_layernorm_modulate", "layernorm_modulate")
@@ -343,8 +345,9 @@ def add_sample_options(parser: OneLineParser, kind: str) -> None:
         "--checkpoint",
         "--ckpt",
         type=Path,
-        required=True,
-        help="a folder written by train.py, a .safetensors or a .pt file",
+        required=kind != "image",
+        help="a folder written by train.py, a .safetensors or a .pt file"
+        + ("; default: one that comes with the project" if kind == "image" else ""),
     )
     add("--classes", type=whole_number, nargs="+", help="class numbers, one row each (default: the first ten)")
     add("--prompts", nargs="+", metavar="TEXT", help="what to draw, one row each, by a model that reads texts")
@@ -363,6 +366,14 @@ def add_sample_options(parser: OneLineParser, kind: str) -> None:
     add("--out_dir", type=named_path, help="a file per sample and captions.jsonl, for eval.sh, instead of one picture")
     add_device_options(parser)
     add_opendit_options(parser)
+
+
+def shipped_checkpoint() -> Path:
+    """What there is to draw from without training or a download."""
+    found = next((folder for folder in SHIPPED if (folder / "model.safetensors").is_file()), None)
+    if found is None:
+        raise ValueError(f"--checkpoint: is needed; {SHIPPED[0].parent} holds none")
+    return found
 
 
 def check_sample_options(parser: OneLineParser, args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
     python -m opendit info
     python -m opendit verify PACKAGE.MODULE:FUNCTION       certifies a model
     python -m opendit convert SOURCE TARGET --model PACKAGE.MODULE:FUNCTION
+    python -m opendit bench                                what opendit gives on this machine
 
 `verify`'s FUNCTION takes nothing and returns a mapping of `opendit.verify`'s arguments: `model`, `batch`, and what else
 is wanted of `loss`, `optimizer`, `ema`. `convert`'s returns the model whose weights they are: the formats are those of
@@ -10,6 +11,8 @@ is wanted of `loss`, `optimizer`, `ema`. `convert`'s returns the model whose wei
 
     torchrun --nproc-per-node 2 -m opendit verify training:for_verify --sp-size 2 --certificate certificate.json
     python -m opendit convert DiT-XL-2-256x256.pt dit.safetensors --model models:dit_xl_2
+    python -m opendit bench --model DiT-B/2 --image-size 256 --batch 64 --json bench.json
+    python -m opendit bench --model training:for_verify
 """
 
 from __future__ import annotations
@@ -32,7 +35,12 @@ _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     given = _parser().parse_args(arguments)
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {"info": _info, "verify": _verify, "convert": _convert}
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "info": _info,
+        "verify": _verify,
+        "convert": _convert,
+        "bench": _bench,
+    }
     try:
         return commands[given.command](given)
     except (ValueError, TypeError, NotImplementedError, opendit.CheckpointError) as error:
@@ -60,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="likewise; its ending says the format")
     convert.add_argument("--model", required=True, help="PACKAGE.MODULE:FUNCTION, which returns the model")
     convert.add_argument("--which", choices=("model", "ema"), default=None, help="of a .pt that has both; default: ema")
+    bench = commands.add_parser("bench", help="time a training and a sampling step, plain, compiled and accelerated")
+    bench.add_argument(
+        "--model", default=None, help="DiT-S/2 … DiT-XL/8, or verify's target; default: DiT-XL/2, on a CPU DiT-Tiny/2"
+    )
+    bench.add_argument("--image-size", type=int, default=None, help="px of a named model; default: 256, on a CPU 64")
+    bench.add_argument("--batch", type=int, default=None, help="of a named model; default: 32, on a CPU 4")
+    bench.add_argument("--precision", choices=("bf16", "fp32"), default=None, help="default: bf16, on a CPU fp32")
+    bench.add_argument("--step", choices=("train", "sample"), default=None, help="default: both")
+    bench.add_argument(
+        "--variants", nargs="+", choices=("plain", "torch.compile", "opendit"), default=None, help="default: all"
+    )
+    bench.add_argument("--config", default=None, help="for training: a recipe's name, or a JSON object; default: train")
+    bench.add_argument("--family", default=None, help="insist on a family; 'generic' takes any model")
+    bench.add_argument("--repeats", type=int, default=20, help="steps that are timed")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU where there is one")
+    bench.add_argument("--json", type=Path, default=None, help="where to write the rows")
     return parser
 
 
@@ -96,6 +120,53 @@ def _convert(given: argparse.Namespace) -> int:
     opendit.save_weights(given.target, model)
     print(f"{given.target}: {sum(t.numel() for t in model.state_dict().values()):,} values")
     return 0
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from opendit import bench
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda'; allowed: 'cpu', for torch sees no CUDA device here")
+    on_gpu = torch.cuda.is_available() and given.device != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if given.repeats < 1:
+        raise ValueError(f"repeats: got {given.repeats}; allowed: 1 or more")
+    name = given.model or ("DiT-XL/2" if on_gpu else "DiT-Tiny/2")
+    if ":" in name:
+        for flag in ("image_size", "batch"):
+            if getattr(given, flag) is not None:
+                raise ValueError(
+                    f"{flag}: got {getattr(given, flag)} for {name}; allowed: with a named model. Leave it out"
+                )
+        found = _result_of(name)
+        if not isinstance(found, Mapping):
+            raise TypeError(f"model: {name} returned {type(found).__name__}; allowed: a mapping with model and batch")
+        job = bench.job_of_model(name, found, device, given.family)
+    else:
+        size, batch = (256, 32) if on_gpu else (64, 4)
+        size, batch = given.image_size or size, batch if given.batch is None else given.batch
+        job = bench.job_of_name(name, size, batch, device, given.family)
+    precision = given.precision or ("bf16" if on_gpu else "fp32")
+    steps = (given.step,) if given.step else ("train", "sample")
+    config = "train" if given.config is None else _config(given.config)
+    print(f"measuring {job.name} on {device.type}: {', '.join(steps)} …", file=sys.stderr, flush=True)
+    rows = []
+    for row in bench.measure(
+        job,
+        steps,
+        tuple(given.variants or bench.VARIANTS),
+        precision=precision,
+        train_config=config,
+        repeats=given.repeats,
+    ):
+        print(
+            f"  {row.step}, {row.variant}: {row.refused or format(row.ms, '.2f') + ' ms'}", file=sys.stderr, flush=True
+        )
+        rows.append(row)
+    print(bench.table(job, rows, precision))
+    if given.json is not None:
+        given.json.write_text(json.dumps(bench.as_json(job, rows, precision), indent=1) + "\n")
+    return int(any(row.refused for row in rows))
 
 
 def _result_of(target: str) -> Any:

@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "opendit.draws": set(),
     "opendit.sampler": {"opendit.draws"},
     "opendit.parallel": {"opendit.fastseq", "opendit.patch.core", "opendit.wrapping"},
-    "opendit.__main__": {"opendit", "opendit.information"},
+    "opendit.__main__": {"opendit", "opendit.bench", "opendit.information"},
+    "opendit.bench": {"opendit", "opendit.errors", "opendit.measuring"},
     "opendit.information": {
         "opendit",
         "opendit.attention",

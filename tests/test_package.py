@@ -28,6 +28,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert "opendit/py.typed" in names
     assert "opendit/kernels/layernorm_modulate.py" in names
     assert "opendit/patch/families/dit.py" in names
+    assert "opendit/bench/dit.py" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} - {"opendit"} == {
         name.split("/")[0] for name in names if ".dist-info" in name
@@ -58,6 +59,16 @@ def test_wheel_accelerates_a_model_in_a_clean_environment(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("dit")
+    measure = ["-m", "opendit", "bench", "--step", "train", "--variants", "plain", "opendit", "--repeats", "1"]
+    done = subprocess.run(
+        [python, *measure, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HOME": "/"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training step" in done.stdout
 
 
 def lend_torch(site: Path) -> None:

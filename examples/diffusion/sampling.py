@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from examples.diffusion.conditions import Condition, both, conditioned, count, rows
@@ -89,6 +88,8 @@ def ddpm(
     predicts: str = "epsilon",
 ) -> Tensor:
     """Ancestral sampling over `steps` of the 1000 timesteps, evenly spaced from 999 to 0."""
+    from diffusers import DDPMScheduler  # here, for training and flow need it not
+
     scheduler = DDPMScheduler(
         timestep_spacing="linspace",
         variance_type="learned_range" if learned_variance else "fixed_small",
@@ -107,6 +108,8 @@ def ddpm(
 
 def ddim(predict: Predict, noise: Tensor, steps: int, *, clip: bool, predicts: str = "epsilon") -> Tensor:
     """Deterministic given the noise (eta = 0); a learned variance is not used."""
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=clip, prediction_type=predicts)
     scheduler.set_timesteps(steps)
     x = noise
@@ -118,6 +121,8 @@ def ddim(predict: Predict, noise: Tensor, steps: int, *, clip: bool, predicts: s
 
 def dpm_solver(predict: Predict, noise: Tensor, steps: int, *, predicts: str = "epsilon") -> Tensor:
     """DPM-Solver++ of second order (arXiv 2211.01095): deterministic given the noise, without a learned variance."""
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler(prediction_type=predicts, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = noise

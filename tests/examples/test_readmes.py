@@ -128,6 +128,6 @@ def test_from_a_folder_to_samples(folder, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--device", "cpu"])
         importlib.import_module(f"examples.image.{script}").main()
         ran.append(script)
-    assert ran == ["preprocess", "train", "sample", "sample", "train", "sample", "train"]
+    assert ran == ["sample", "preprocess", "train", "sample", "sample", "train", "sample", "train"]
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 3
     assert '"pixels": false' in (tmp_path / "outputs/latents-flow/config.json").read_text()

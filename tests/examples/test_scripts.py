@@ -545,7 +545,9 @@ def test_sample_mistakes_cost_one_line(monkeypatch, capsys, trained, tmp_path):
     def said(*arguments) -> str:
         return mistake(monkeypatch, capsys, "sample", "--device", "cpu", "--out", tmp_path / "x.png", *arguments)
 
-    assert "--checkpoint" in said()
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.options.SHIPPED", (tmp_path / "none",))
+        assert "--checkpoint: is needed" in said()
     assert "does not exist" in said("--checkpoint", tmp_path / "missing")
     text = tmp_path / "text.safetensors"
     text.write_text("not a checkpoint")
