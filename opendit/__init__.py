@@ -24,6 +24,7 @@ from opendit.ema_snapshots import posthoc_ema
 from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
 from opendit.sampler import ResumableSampler
+from opendit.sampling import sampling
 from opendit.stepping import NonFiniteGradients
 from opendit.training import no_sync
 from opendit.verify import verify
@@ -52,6 +53,7 @@ __all__ = [
     "posthoc_ema",
     "register_family",
     "restore",
+    "sampling",
     "save",
     "save_weights",
     "schedule",
