@@ -25,6 +25,7 @@ from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
 from opendit.sampler import ResumableSampler
 from opendit.sampling import sampling
+from opendit.step_cache import StepCache, calibrate
 from opendit.stepping import NonFiniteGradients
 from opendit.training import no_sync
 from opendit.verify import verify
@@ -37,8 +38,10 @@ __all__ = [
     "DamagedCheckpointError",
     "NonFiniteGradients",
     "ResumableSampler",
+    "StepCache",
     "accelerate",
     "attach",
+    "calibrate",
     "data_parallel_rank",
     "data_parallel_size",
     "ema_state_dict",

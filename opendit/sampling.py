@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from opendit.patch import core
+from opendit.patch.registry import families
 from opendit.wrapping import unwrap
 
 if TYPE_CHECKING:
     from opendit.patch.steps import Steps
+    from opendit.step_cache import StepCache
 
 
-@contextlib.contextmanager
-def sampling(model: nn.Module, timesteps: Sequence[float] | Tensor) -> Iterator[Steps]:
+def sampling(
+    model: nn.Module, timesteps: Sequence[float] | Tensor, cache: StepCache | None = None
+) -> contextlib.AbstractContextManager[Steps]:
     """Inside it the model's calls are the steps of a sampler: modulations of all of them are computed at once.
 
         model = opendit.accelerate(model.eval(), "sample")
@@ -27,31 +30,77 @@ def sampling(model: nn.Module, timesteps: Sequence[float] | Tensor) -> Iterator[
     At the first step, for the conditions given there, the timestep embeddings and the modulation of every block are
     computed for all timesteps by the model's own modules, on many rows at once, and then looked up: the same numbers
     within rounding. The loop may run several times, each with conditions of its own. Where that does not hold of a
-    model (what conditions its blocks depends on x), or blocks have no such modulation, they compute it in each step; the
-    log and `explain` say so.
+    model (what conditions its blocks depends on x), or blocks have no such modulation, they compute it in each step;
+    the log and `explain` say so.
 
     Args:
         model: accelerated with the recipe "sample", or sampling=True; in eval mode.
         timesteps: of the model's calls, in their order, as it is given them. Of a sampler that calls it twice a step,
             both. One number for all samples of a batch.
+        cache: from `opendit.calibrate`, for the same timesteps; None: every block is computed in every step. Samples
+            are not the same with it; `cache.report()` says how far they were when it was calibrated.
+
+    Returns:
+        A context. What it gives counts: `.calls` of the model, and with a cache `.residuals.computed` and
+        `.residuals.reused` blocks.
 
     Raises:
         ValueError: the model is not accelerated for sampling, is in training mode or has compiled blocks; or its calls
             had other timesteps than announced, or conditions that changed within a run. On GPUs that is said when the
-            context ends, for nothing in it waits for the device.
+            context ends, for nothing in it waits for the device. A cache for other timesteps or another model.
         TypeError: an argument of the wrong type.
     """
-    from opendit.patch import steps as running
+    target, times = checked(model, timesteps)
+    return running(target, times, cache)
+
+
+@contextlib.contextmanager
+def running(
+    target: nn.Module,
+    times: Sequence[float],
+    cache: StepCache | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[Steps]:
+    """`sampling` of what was checked; observe: called with each step that is computed, and its blocks' residual."""
+    from opendit.patch import steps as runs
+    from opendit.patch.reuse import Residuals, Reuse
+    from opendit.patch.sampled import kept_of
     from opendit.patch.steps import Steps
 
-    target, times = checked(model, timesteps)
-    steps = Steps(times, table=table_of(target))
-    running.enter(target, steps)
+    residuals = None
+    if cache is not None:
+        blocks = _blocks(target, cache, times)
+        reuse = Reuse(cache.first, cache.last, cache.computed, cache.order)
+        residuals = Residuals(reuse, blocks, kept_of(target).memory, observe)
+    steps = Steps(times, residuals, table=table_of(target))
+    runs.enter(target, steps)
     try:
         yield steps
     finally:
-        running.leave(target)
+        runs.leave(target)
     steps.finish()
+
+
+def _blocks(target: nn.Module, cache: StepCache, times: Sequence[float]) -> list[nn.Module]:
+    """The model's, in order. Raises where `cache` is not for it."""
+    from opendit.step_cache import StepCache, reusable
+
+    if not isinstance(cache, StepCache):
+        raise TypeError(f"cache: got {type(cache).__name__}; allowed: an opendit.StepCache, from opendit.calibrate")
+    if cache.timesteps != tuple(times):
+        raise ValueError(
+            f"cache: it was calibrated for {len(cache.timesteps)} other timesteps than these {len(times)}; allowed: the "
+            "same. Call opendit.calibrate for these"
+        )
+    count = reusable(target)[2]
+    if cache.blocks != count:
+        raise ValueError(
+            f"cache: it is for a model of {cache.blocks} blocks, and this has {count}; allowed: the model that it was "
+            "calibrated with"
+        )
+    plan = core.plan_of(target)
+    assert plan is not None
+    return [block for _, block in families()[plan.family].blocks_of(target)]
 
 
 def table_of(target: nn.Module) -> bool | str:

@@ -14,14 +14,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from opendit.fastseq import pairs
 from opendit.patch.core import Edit, Patched
 from opendit.patch.forward_graph import Graphs, unfit
 from opendit.patch.lowered import DTYPES
 from opendit.patch.planner import Planner
-from opendit.patch.reuse import Memory
+from opendit.patch.reuse import Memory, Residuals
 from opendit.patch.steps import Call, Steps, steps_of
 
 # What a model's forward calls its timesteps, in the families that name them; in others they are its second argument.
@@ -68,10 +68,11 @@ class Sampled(Patched):
                 "model.eval() under torch.no_grad(). To train it, opendit.restore(model) first"
             )
         steps = steps_of(self)
-        if steps is not None and torch.is_grad_enabled():
+        if steps is not None and (model.training or torch.is_grad_enabled()):
+            how = "in training mode" if model.training else "with gradients enabled"
             raise ValueError(
-                "model: it is called with gradients enabled inside opendit.sampling, where values are looked up that "
-                "have none; allowed: under torch.no_grad() or torch.inference_mode()"
+                f"model: it is called {how} inside opendit.sampling, where values are looked up and blocks may be left "
+                "out; allowed: in evaluation mode, under torch.no_grad() or torch.inference_mode()"
             )
         x = self._argument(self._opendit_parameters[0], args, kwargs)
         if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
@@ -130,13 +131,42 @@ class Sampled(Patched):
             out, reason = kept_of(model).graphs.run(model, key, tensors, compute)
         else:
             out = compute(tensors)
+        if (
+            steps is not None
+            and steps.residuals is not None
+            and steps.residuals.observe is not None
+            and steps.calls == 0
+        ):
+            self._check_reuse(steps.residuals, out, compute, tensors)
         if reason:
             self._note(f"no CUDA graph of its forward: {reason}")
         if steps is not None:
             steps.end()
+            if steps.residuals is not None:
+                reuse = steps.residuals.reuse
+                left_out = f"{len(reuse.computed) - sum(reuse.computed)} of {len(reuse.computed)}"
+                self._note(f"step cache: blocks {reuse.first} to {reuse.last} are left out in {left_out} steps")
             if steps.without is not None:
                 self._note(f"adaLN is computed step by step: {steps.without}")
         return out
+
+    def _check_reuse(
+        self, residuals: Residuals, out: Any, compute: Callable[..., Any], tensors: Sequence[Tensor]
+    ) -> None:
+        """Raises where blocks left out, right after they were computed for the same input, give another output."""
+        residuals.computes = False
+        again = compute(tensors)
+        residuals.computes = True
+        stream = max(torch.finfo(key[1]).eps for key in residuals.memory.kept)
+        for one, other in zip(tree_leaves(out), tree_leaves(again), strict=True):
+            if isinstance(one, Tensor) and one.is_floating_point():
+                off = ((other - one).double().norm() / one.double().norm().clamp_min(1e-30)).item()
+                if not off <= max(stream, torch.finfo(one.dtype).eps) ** 0.75:
+                    raise ValueError(
+                        f"cache: with blocks {residuals.reuse.first} to {residuals.reuse.last} left out and their "
+                        f"residual added, the model's output is {off:.1e} off; between its blocks it does more than pass "
+                        "x on. Leave the cache out for this model"
+                    )
 
     def _no_graph(self, steps: Steps | None) -> str | None:
         if self._opendit_sequence is not None:
