@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -51,6 +51,9 @@ def sampling(
         TypeError: an argument of the wrong type.
     """
     target, times = checked(model, timesteps)
+    if cache is not None:
+        _blocks(target, cache, times)
+        cast(core.Patched, target)._note(f"step cache: {cache.report()}")
     return running(target, times, cache)
 
 
@@ -89,8 +92,8 @@ def _blocks(target: nn.Module, cache: StepCache, times: Sequence[float]) -> list
         raise TypeError(f"cache: got {type(cache).__name__}; allowed: an opendit.StepCache, from opendit.calibrate")
     if cache.timesteps != tuple(times):
         raise ValueError(
-            f"cache: it was calibrated for {len(cache.timesteps)} other timesteps than these {len(times)}; allowed: the "
-            "same. Call opendit.calibrate for these"
+            f"cache: it was calibrated for {len(cache.timesteps)} other timesteps than these {len(times)}; allowed: "
+            "the same. Call opendit.calibrate for these"
         )
     count = reusable(target)[2]
     if cache.blocks != count:

@@ -92,11 +92,11 @@ class StepCache:
 
     def report(self) -> str:
         """What was gained and what was lost, in words."""
-        total = self.blocks_computed + self.blocks_reused
+        total, left = self.blocks_computed + self.blocks_reused, f"{self.first} to {self.last}"
         gained = (
             f"{sum(self.computed)} of {len(self.computed)} steps compute all {self.blocks} blocks, in the others "
-            f"blocks {self.first} to {self.last} reuse their residual (order {self.order}): {self.blocks_computed} of {total} "
-            f"blocks are computed, {total / self.blocks_computed:.2f} times fewer"
+            f"blocks {left} reuse their residual (order {self.order}): {self.blocks_computed} of {total} blocks are "
+            f"computed, {total / self.blocks_computed:.2f} times fewer"
         )
         if self.psnr is None or self.worst_psnr is None:
             return f"{gained}; what was lost was not measured"
@@ -203,7 +203,7 @@ def calibrate(
 
 
 def reusable(target: nn.Module) -> tuple[int, int, int]:
-    """The numbers of the first and the last block that may be left out, all but one at each end, and how many there are.
+    """The numbers of the first and the last block that may be left out (all but one at each end), and how many exist.
 
     Of blocks in pairs, a spatial and a temporal one, the temporal ones at both ends, whose x is laid out alike.
 

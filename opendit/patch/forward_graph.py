@@ -97,11 +97,17 @@ class Graphs:
         self.replays = 0
 
     def run(
-        self, model: nn.Module, key: Any, inputs: Sequence[Tensor], compute: Callable[[Sequence[Tensor]], Any]
+        self,
+        model: nn.Module,
+        key: Any,
+        inputs: Sequence[Tensor],
+        compute: Callable[[Sequence[Tensor]], Any],
+        state: Sequence[Tensor] = (),
     ) -> tuple[Any, str | None]:
         """(compute(inputs), by a graph where there is one or can be; why there is none).
 
-        key: all that decides what is computed, besides the inputs' shapes and dtypes.
+        key: all that decides what is computed, besides the inputs' shapes and dtypes. state: what compute reads and
+        writes, from call to call; a capture runs it once more.
         """
         key = (key, *((t.shape, t.dtype, t.device) for t in inputs))
         addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
@@ -116,10 +122,14 @@ class Graphs:
             if self.calls[key] <= _WARM_UP:
                 return compute(inputs), None
             self.pool = self.pool or new_pool()
+            before = [t.clone() for t in state]
             try:
                 self.graphs[key] = _Graph(inputs, compute, self.pool)
             except Exception as error:  # of any kind: what the model's own code does is not ours
                 self.failed = f"its capture failed: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+            if self.failed is not None:
                 return compute(inputs), self.failed
         self.replays += 1
         return self.graphs[key](inputs), None

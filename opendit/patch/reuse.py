@@ -46,11 +46,13 @@ class Memory:
                 self.kept[key] = (torch.zeros_like(x), torch.zeros_like(x))
         return self.kept[key]
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for pair in self.kept.values() for tensor in pair]
+
     def clear(self) -> None:
         """What is not finite would outlive a factor of zero."""
-        for pair in self.kept.values():
-            for tensor in pair:
-                tensor.zero_()
+        for tensor in self.tensors():
+            tensor.zero_()
 
 
 class Residuals:
@@ -92,7 +94,7 @@ class Residuals:
             self._rows, self._last, self._slopes = rows, s, bool(factor)
         else:
             factor = apart if self._slopes else 0.0
-        self.factor = torch.full((1,), factor, device=device)
+        self.factor = torch.full((1,), factor, dtype=torch.float64, device=device)
 
     def end(self) -> None:
         spared = 0 if self.computes else self.reuse.last - self.reuse.first + 1

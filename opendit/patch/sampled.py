@@ -128,7 +128,8 @@ class Sampled(Patched):
             except TypeError:
                 reason = "it is given something that can't be compared with what it was given before"
         if reason is None:
-            out, reason = kept_of(model).graphs.run(model, key, tensors, compute)
+            kept = kept_of(model)
+            out, reason = kept.graphs.run(model, key, tensors, compute, kept.memory.tensors())
         else:
             out = compute(tensors)
         if (
@@ -142,10 +143,6 @@ class Sampled(Patched):
             self._note(f"no CUDA graph of its forward: {reason}")
         if steps is not None:
             steps.end()
-            if steps.residuals is not None:
-                reuse = steps.residuals.reuse
-                left_out = f"{len(reuse.computed) - sum(reuse.computed)} of {len(reuse.computed)}"
-                self._note(f"step cache: blocks {reuse.first} to {reuse.last} are left out in {left_out} steps")
             if steps.without is not None:
                 self._note(f"adaLN is computed step by step: {steps.without}")
         return out
@@ -164,8 +161,8 @@ class Sampled(Patched):
                 if not off <= max(stream, torch.finfo(one.dtype).eps) ** 0.75:
                     raise ValueError(
                         f"cache: with blocks {residuals.reuse.first} to {residuals.reuse.last} left out and their "
-                        f"residual added, the model's output is {off:.1e} off; between its blocks it does more than pass "
-                        "x on. Leave the cache out for this model"
+                        f"residual added, the model's output is {off:.1e} off; between its blocks it does more than "
+                        "pass x on. Leave the cache out for this model"
                     )
 
     def _no_graph(self, steps: Steps | None) -> str | None:
