@@ -6,6 +6,7 @@ model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
 
 from opendit.api import Boosted, accelerate, attach, explain, restore
 from opendit.attaching import schedule
+from opendit.calibrating import calibrate
 from opendit.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
@@ -25,7 +26,7 @@ from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
 from opendit.sampler import ResumableSampler
 from opendit.sampling import sampling
-from opendit.step_cache import StepCache, calibrate
+from opendit.step_cache import StepCache
 from opendit.stepping import NonFiniteGradients
 from opendit.training import no_sync
 from opendit.verify import verify

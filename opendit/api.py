@@ -98,6 +98,11 @@ def accelerate(
     cfg = BoosterConfig.of(booster_cfg)
     optimizer = _one_optimizer(optimizer, cfg)
     _check_sp_size(sp_size)
+    if cfg.sampling and optimizer is not None:
+        raise ValueError(
+            f"optimizer: got {type(optimizer).__name__} for a model that is to sample; allowed: None. Leave it out, or "
+            "take the recipe 'train'"
+        )
     target = _target(model)
     if isinstance(optimizer, Optimizer):
         optim.check(optimizer, target)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor, nn
 
 from opendit.patch import core
-from opendit.patch.registry import families
+from opendit.patch.registry import Alternating, families
+from opendit.step_cache import StepCache
 from opendit.wrapping import unwrap
 
 if TYPE_CHECKING:
     from opendit.patch.steps import Steps
-    from opendit.step_cache import StepCache
 
 
 def sampling(
@@ -86,8 +86,6 @@ def running(
 
 def _blocks(target: nn.Module, cache: StepCache, times: Sequence[float]) -> list[nn.Module]:
     """The model's, in order. Raises where `cache` is not for it."""
-    from opendit.step_cache import StepCache, reusable
-
     if not isinstance(cache, StepCache):
         raise TypeError(f"cache: got {type(cache).__name__}; allowed: an opendit.StepCache, from opendit.calibrate")
     if cache.timesteps != tuple(times):
@@ -104,6 +102,25 @@ def _blocks(target: nn.Module, cache: StepCache, times: Sequence[float]) -> list
     plan = core.plan_of(target)
     assert plan is not None
     return [block for _, block in families()[plan.family].blocks_of(target)]
+
+
+def reusable(target: nn.Module) -> tuple[int, int, int]:
+    """The numbers of the first and the last block that may be left out (all but one at each end), and how many exist.
+
+    Of blocks in pairs, a spatial and a temporal one, the temporal ones at both ends, whose x is laid out alike.
+
+    Raises `ValueError` where the model has no blocks that can be.
+    """
+    plan = core.plan_of(target)
+    family = families().get(plan.family) if plan is not None else None
+    if family is None or not isinstance(family.blocks, str):
+        why = "it has no list of blocks" if family is None else "its blocks are in several lists"
+        raise ValueError(f"cache: the model can't be cached: {why}. Leave the cache out for this model")
+    count = len(family.blocks_of(target))
+    first, last = 1, count - (1 if isinstance(family.spread, Alternating) else 2)
+    if first > last:
+        raise ValueError(f"cache: the model has {count} blocks; allowed: three or more. Leave the cache out")
+    return first, last, count
 
 
 def table_of(target: nn.Module) -> bool | str:

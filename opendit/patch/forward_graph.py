@@ -126,7 +126,7 @@ class Graphs:
             try:
                 self.graphs[key] = _Graph(inputs, compute, self.pool)
             except Exception as error:  # of any kind: what the model's own code does is not ours
-                self.failed = f"its capture failed: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+                self.failed = f"its capture failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
             if self.failed is not None:
