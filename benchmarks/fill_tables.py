@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from the JSON files, so that no figure is typed by hand.
+"""Writes the tables of README.md and some of docs/ from the JSON files, so that no figure is typed by hand.
 
     python benchmarks/fill_tables.py            # fill them
     python benchmarks/fill_tables.py --check    # exit 1 if a page says something else than the files give
@@ -21,7 +21,7 @@ from benchmarks.records import Record, load
 from benchmarks.tables import TABLES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/sampling.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/sampling.py                                 # DiT-XL/2: 256 px × 8, 256 px × 64, 512 px × 1
     python benchmarks/sampling.py --jobs 512x1 --variants opendit "torch.compile CUDA graphs"
+    python benchmarks/sampling.py --checkpoint FOLDER --psnr 30   # the step cache, on a trained model
     python benchmarks/sampling.py --smoke                         # a tiny model on the CPU: does the script work
 
     eager                      a bf16 model, no autocast
@@ -9,10 +10,16 @@
     torch.compile CUDA graphs  the same with mode="reduce-overhead"
     opendit step by step       opendit.accelerate(model, "sample"), modulations computed in every step
     opendit                    inside opendit.sampling: modulations of all steps computed before the first
+    opendit half the steps     the same with a step cache that leaves the middle blocks out in every second step: its
+                               speed; what that costs in quality depends on the model, and these weights are random
 
 A step: the batch twice, with labels and with the null label, through the model, and the mixture of the two. Its time is
 that of a whole run of the sampler's steps, what is done once per run included, over their number. Before a speed is
-printed, the output must be as near to the fp32 model's as that of a plain bf16 model is. Rows are written one by one.
+printed, the output must be as near to the fp32 model's as that of a plain bf16 model is (with a cache: in the steps
+that it computes). Rows are written one by one.
+
+With --checkpoint (a folder of examples/image/train.py) the cheapest step cache for a PSNR is calibrated on 8 samples,
+and then judged on 64 others: their PSNR to uncached ones, and the time of both.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -51,6 +59,7 @@ class Variant:
     booster: Any = None
     mode: str | None = None  # of torch.compile
     table: bool = False
+    every: int = 1  # how often the middle blocks are computed
 
     @property
     def is_baseline(self) -> bool:
@@ -63,12 +72,14 @@ VARIANTS = {
     "torch.compile CUDA graphs": Variant(mode="reduce-overhead"),
     "opendit step by step": Variant(booster="sample"),
     "opendit": Variant(booster="sample", table=True),
+    "opendit half the steps": Variant(booster="sample", table=True, every=2),
 }
+CACHED = "opendit half the steps"
 # Compiling takes a minute each, so each job has those that can be the fastest for it.
 JOBS = {
-    "256x8": ("eager", "torch.compile", "torch.compile CUDA graphs", "opendit step by step", "opendit"),
-    "512x1": ("eager", "torch.compile CUDA graphs", "opendit step by step", "opendit"),
-    "256x64": ("torch.compile", "opendit step by step", "opendit"),
+    "256x8": ("eager", "torch.compile", "torch.compile CUDA graphs", "opendit step by step", "opendit", CACHED),
+    "512x1": ("eager", "torch.compile CUDA graphs", "opendit step by step", "opendit", CACHED),
+    "256x64": ("torch.compile", "opendit step by step", "opendit", CACHED),
 }
 
 
@@ -101,7 +112,12 @@ class Sampler:
         return self
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
-        return opendit.sampling(self.model, self.times) if self.variant.table else contextlib.nullcontext()
+        if not self.variant.table:
+            return contextlib.nullcontext()
+        computed = [s % self.variant.every == 0 for s in range(len(self.times))]
+        count = len(self.model.blocks)
+        cache = opendit.StepCache(tuple(self.times), tuple(computed), 1, max(1, count - 2), count)
+        return opendit.sampling(self.model, self.times, None if all(computed) else cache)
 
     def output(self, forward: Callable[..., Tensor]) -> Tensor:
         """The model's output for the next step, both branches."""
@@ -120,6 +136,8 @@ def main() -> int:
     device = torch.device("cpu" if args.smoke else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device; --smoke runs a tiny model on the CPU")
+    if args.checkpoint is not None:
+        return cached(args, device)
     failed = False
     for job in args.jobs:
         size, images = map(int, job.split("x"))
@@ -127,7 +145,7 @@ def main() -> int:
         path = None
         reference, yardstick = references(args, size, images, device)
         for name in args.variants or JOBS.get(job, tuple(VARIANTS)):
-            row: dict[str, Any] = {"variant": name, "model": args.model, "image_size": size, "images": images}
+            row: dict[str, Any] = {"variant": name, "model": args.model, "image_size": size, "batch": images}
             rows.append(row | measure(name, args, size, images, device, reference, yardstick))
             failed |= "error" in rows[-1]
             compare(rows)
@@ -149,6 +167,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=50, help="of a run of the sampler")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long a variant is timed, and one run at least")
+    parser.add_argument("--checkpoint", type=Path, help="a trained model, to measure the step cache on")
+    parser.add_argument("--psnr", type=float, default=30.0, help="the cache's budget, in dB")
+    parser.add_argument("--cfg-scale", type=float, default=2.0, help="with --checkpoint")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, nothing written")
     args = parser.parse_args()
@@ -206,7 +227,8 @@ def run(sampler: Sampler, args: argparse.Namespace, reference: list[Tensor], yar
         for _ in range(args.steps):
             sampler.step()
         found = [sampler.output(sampler.forward).clone() for _ in range(PARITY_STEPS)]
-        error = distance(found, reference)
+        every = sampler.variant.every
+        error = distance(found[::every], reference[::every])
         if not error <= SLACK * yardstick:
             return {
                 "output_error": error,
@@ -242,6 +264,51 @@ def whole_run(sampler: Sampler, steps: int) -> float:
     return start.elapsed_time(end) / steps
 
 
+@torch.inference_mode()
+def cached(args: argparse.Namespace, device: torch.device) -> int:
+    """The step cache on a trained model: speed and PSNR of samples that it was not calibrated on."""
+    from examples.diffusion import SAMPLERS, sample, timesteps_of
+    from examples.models.checkpoint import load_checkpoint
+
+    model, config = load_checkpoint(args.checkpoint)
+    model = opendit.accelerate(model.to(device), "sample")
+    objective = config["objective"]
+    sampler = SAMPLERS[objective][0] if objective != "flow" else "euler"
+    times, pixels = timesteps_of(sampler, args.steps), bool(config["pixels"])
+    counted, first, judged = (2, 4, 4) if args.smoke else (8, 1000, 64)
+
+    def drawn(count: int, first: int) -> Tensor:
+        y = torch.arange(first, first + count, device=device) % model.num_classes
+        options: dict[str, Any] = {"sampler": sampler, "objective": objective, "steps": args.steps, "first": first}
+        return sample(model, {"y": y}, cfg_scale=args.cfg_scale, clip=pixels, **options)
+
+    with opendit.sampling(model, times):
+        data_range = 2.0 if pixels else float((x := drawn(counted, 0)).max() - x.min())
+    cache = opendit.calibrate(model, lambda: drawn(counted, 0), times, psnr=args.psnr, data_range=data_range)
+    print(cache.report(), flush=True)
+    rows: list[dict[str, Any]] = []
+    samples: list[Tensor] = []
+    for name, schedule in (("uncached", None), ("cached", cache)):
+        with opendit.sampling(model, times, schedule):
+            samples.append(drawn(judged, first))  # graphs are captured
+            runs = [time_steps(lambda: drawn(judged, first), 1, 1)[0] for _ in range(1 if args.smoke else 3)]
+        rows.append({"variant": name, "ms": statistics.median(runs) / args.steps, "runs_ms": runs})
+    errors = (samples[1] - samples[0]).double().square().flatten(1).mean(1)
+    psnrs = [float(10 * torch.log10(data_range**2 / e)) for e in (errors.mean(), errors.max())]
+    rows[1] |= {"psnr": psnrs[0], "worst_psnr": psnrs[1], "times_uncached": rows[0]["ms"] / rows[1]["ms"]}
+    rows[1] |= {"blocks_computed": cache.blocks_computed, "blocks_reused": cache.blocks_reused}
+    print(
+        f"{judged} other samples: {rows[1]['times_uncached']:.2f} times as fast ({rows[0]['ms']:.2f} and "
+        f"{rows[1]['ms']:.2f} ms/step), PSNR {psnrs[0]:.1f} dB, of the worst one {psnrs[1]:.1f}"
+    )
+    if not args.smoke:
+        facts = {"checkpoint": args.checkpoint.name, "model_config": config["model"], "sampler": sampler}
+        facts |= {"steps": args.steps, "cfg_scale": args.cfg_scale, "of": "pixels" if pixels else "latents"}
+        facts |= {"cache": json.loads(cache.to_json()), "data_range": data_range, "batch": judged}
+        print(f"written to {write_results(f'step_cache_{args.checkpoint.name}', rows, args.out, **facts)}")
+    return 0
+
+
 def compare(rows: list[dict[str, Any]]) -> None:
     """Every row's speed relative to the best that torch.compile gives."""
     best = min((r["ms"] for r in rows if "ms" in r and VARIANTS[r["variant"]].is_baseline), default=None)
@@ -251,7 +318,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['variant']:26s} {row['image_size']} px × {row['images']:<3d}"
+    head = f"{row['variant']:26s} {row['image_size']} px × {row['batch']:<3d}"
     if "error" in row:
         return f"{head} {row['error']}"
     memory = f" {row['peak_gib']:5.1f} GiB" if "peak_gib" in row else ""
@@ -265,7 +332,7 @@ def line(row: dict[str, Any]) -> str:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
-    print(f"\n{first['model']}, {first['image_size']} px × {first['images']}; ratios to the best torch.compile")
+    print(f"\n{first['model']}, {first['image_size']} px × {first['batch']}; ratios to the best torch.compile")
     for row in rows:
         print(line(row))
 

@@ -386,8 +386,8 @@ def check_sample_options(parser: OneLineParser, args: argparse.Namespace) -> Non
         parser.error("argument --cache_distance: contradicts --cache_psnr; name one budget")
     if args.cfg_parallel and world % (2 * args.sequence_parallel_size):
         parser.error(
-            f"argument --cfg_parallel: needs {2 * args.sequence_parallel_size} processes or a multiple, not {world}: start "
-            "it under torchrun"
+            f"argument --cfg_parallel: needs {2 * args.sequence_parallel_size} processes or a multiple, not {world}: "
+            "start it under torchrun"
         )
     if args.cfg_parallel and args.cfg_scale == 1:
         parser.error("argument --cfg_parallel: means nothing with --cfg_scale 1, which is no guidance")

@@ -32,7 +32,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def lower(model: nn.Module, weights: str) -> None:
     """Rounds what is fp32 or fp64, as `model.to(dtype)` does. weights: a key of DTYPES; else nothing is done."""
@@ -44,16 +43,19 @@ def lower(model: nn.Module, weights: str) -> None:
     for name, tensor in _tensors(model):
         if tensor.dtype in (torch.float32, torch.float64):
             original = tensor.data
-            tensor.data = original.to(dtype)
+            _set(tensor, original, tensor.device, dtype)
             found[name] = _Original(original.cpu(), _version(tensor))
+
+
+def _set(tensor: Tensor, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives `tensor` a value of another dtype; one of inference mode stays so, for torch tells them apart by flags."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data = value.to(device, dtype)
 
 
 def _version(tensor: Tensor) -> int:
     """How often it was written to."""
-    try:
-        return tensor._version
-    except RuntimeError:  # a tensor of inference mode does not count
-        return 0
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check(model: nn.Module) -> None:
@@ -66,7 +68,6 @@ def check(model: nn.Module) -> None:
         )
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def give_back(model: nn.Module) -> None:
     """Undoes `lower`, where it was done: to the bit, but for what was written to since, which keeps its new values."""
@@ -76,6 +77,6 @@ def give_back(model: nn.Module) -> None:
         tensor = tensors[name]
         is_ours = _version(tensor) == version
         written += not is_ours
-        tensor.data = (original if is_ours else tensor.data).to(tensor.device, original.dtype)
+        _set(tensor, original if is_ours else tensor.data, tensor.device, original.dtype)
     if written:
         logger.warning("%d tensors were written to while weights were rounded; they keep their new values", written)

@@ -332,3 +332,14 @@ def test_the_cache_on_a_gpu():
         with opendit.sampling(model, times, cache):
             drawn += [euler(model, times) for _ in range(3)][2:]
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_in_inference_mode_throughout():
+    with torch.inference_mode():
+        plain = user_dit()
+        before = copy.deepcopy(plain.state_dict())
+        model = opendit.accelerate(plain, "sample")
+        with opendit.sampling(model, TIMES):
+            assert model(*inputs()).isfinite().all()
+        opendit.restore(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
