@@ -120,6 +120,11 @@ def test_contradictions(settings, message):
         BoosterConfig(**settings)
 
 
+def test_verify_is_for_what_trains():
+    with pytest.raises(ValueError, match="booster_cfg: got sampling=True"):
+        opendit.verify(user_dit(), inputs(), "sample")
+
+
 def test_pairs_need_processes():
     with pytest.raises(ValueError, match="cfg_parallel: got True, but there is no process group"):
         opendit.accelerate(user_dit(), {"sampling": True, "cfg_parallel": True})
