@@ -268,7 +268,7 @@ class FusedAdaLN(Patched):
             self._note(f"no products in 8 bits: {reason}", logging.WARNING)
         return reason is None
 
-    def _not_whole(self, reason: str) -> None:
+    def _not_whole(self, reason: str) -> Any:
         # Speed apart, nothing is lost by it; but of 8 bits nothing is left.
         self._note(f"fused in parts, not as a whole: {reason}", logging.WARNING if self._opendit_fp8 else logging.INFO)
         return None

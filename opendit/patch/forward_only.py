@@ -8,7 +8,11 @@ which the block computes. B batch, L tokens, D hidden. Names as in `block.py`, w
 keeps: on GPUs the tanh GELU is the end of the product before it, where it sees what that has not rounded yet.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +42,7 @@ def forward_only(x: Tensor, modulation: Tensor, groups: Groups, static: Static) 
         return out
 
 
-def _joined(group: list[Tensor] | tuple[Tensor, ...]) -> Tensor | None:
+def _joined(group: Sequence[Tensor]) -> Tensor | None:
     if not group:
         return None
     return group[0] if len(group) == 1 else torch.cat(list(group))

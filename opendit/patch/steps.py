@@ -234,7 +234,7 @@ class Steps:
     ) -> Tensor:
         repeats = len(c) // rows if c.dim() and len(c) % rows == 0 else 0
         if repeats > 1:
-            apart = c.unflatten(0, (rows, repeats))
+            apart = c.reshape(rows, repeats, *c.shape[1:])
             c, repeats = (apart[:, 0], repeats) if bool((apart == apart[:, :1]).all()) else (c, 0)
         value = compute(c)
         hooks = any(hooked(inner) for module in modules for inner in module.modules())
@@ -256,7 +256,7 @@ def steps_of(module: object) -> Steps | None:
     """The run that a module is in."""
     if not _runs or torch.compiler.is_compiling():
         return None
-    return _runs.get(module)  # type: ignore[call-overload,no-any-return]
+    return _runs.get(module)  # type: ignore[call-overload]
 
 
 def enter(model: nn.Module, steps: Steps) -> None:
