@@ -5,7 +5,7 @@
 
 x, r, out [B, L, D]; modulation [B, 6·D] = (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m). All of one dtype, in
 which the block computes. B batch, L tokens, D hidden. Names as in `block.py`, whose forward this is but for what that
-keeps: on GPUs the tanh GELU is the end of the product before it, where it sees what that has not rounded yet.
+keeps, tokens spread over processes included: on GPUs the tanh GELU is the end of the product before it, where it sees what that has not rounded yet.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opendit.attention import two_pass
+from opendit.fastseq import in_block
 from opendit.patch.block import Groups, Static, _Launch, _linear
 
 
@@ -33,9 +34,12 @@ def forward_only(x: Tensor, modulation: Tensor, groups: Groups, static: Static) 
     with torch.cuda.device_of(x):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         h = _Launch.norm(x, shift_a, scale_a, None, None, static.eps_a, static.dtype)[0]
-        q, k, v = _linear(h.view(M, D), qkv_w.t(), qkv_b).view(B, L, 3, static.heads, -1).unbind(2)
-        o = two_pass.forward(q, k, v, static.attention)[0].reshape(M, -1)
-        y = _linear(o, proj_w.t(), proj_b).view(B, L, D)
+        if static.sequence is None:
+            q, k, v = _linear(h.view(M, D), qkv_w.t(), qkv_b).view(B, L, 3, static.heads, -1).unbind(2)
+            o = two_pass.forward(q, k, v, static.attention)[0]
+        else:
+            o = in_block.forward(h, qkv_w, qkv_b, static.heads, static.sequence, static.attend)[0]
+        y = _linear(o.reshape(M, -1), proj_w.t(), proj_b).view(B, L, D)
         r, h = _Launch.fused(x, y, gate_a, shift_m, scale_m, None, None, static.eps_m, static.dtype)[:2]
         y = _linear(_hidden(h.view(M, D), w1, b1, static.tanh), w2.t(), b2).view(B, L, D)
         out: Tensor = _Launch.gate(r, y, gate_m)

@@ -113,7 +113,7 @@ SAID = {
     "latte's dropout": "blocks.1.mlp.drop1 can't be spread over processes: dropout (p=0.1)",
     "latte's tokens": "was given 6 frames of 9 tokens",
     "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
-    "block": "fusion: got 'block' with sp_size > 1",
+    "block": "fusion: got 'block' with the method 'ring' for sp_size > 1",
     "attention": "sequence_parallel: got 'ring', but blocks of keys",
     "adapted": "sequence_parallel: got 'fastseq', but it computes q, k, v from rows of the weights",
     "mlp": "sp_size: the tokens of blocks.0.mlp can't be spread over processes",
