@@ -5,7 +5,8 @@
 
 x, r, out [B, L, D]; modulation [B, 6·D] = (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m). All of one dtype, in
 which the block computes. B batch, L tokens, D hidden. Names as in `block.py`, whose forward this is but for what that
-keeps, tokens spread over processes included: on GPUs the tanh GELU is the end of the product before it, where it sees what that has not rounded yet.
+keeps, on a part of the tokens too: on GPUs the tanh GELU is the end of the product before it, where it sees what that
+has not rounded yet.
 """
 
 # mypy: disable-error-code="no-untyped-call"

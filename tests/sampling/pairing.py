@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import opendit
+from opendit.patch import adaln, forward_only
+from opendit.patch import block as block_file
 from tests.comparing import twin
+from tests.patch.plain_kernels import use_plain_kernels
 from tests.sampling.drawing import euler, flow
 from tests.sampling.test_table import build, cast_timesteps
 
@@ -30,6 +35,8 @@ def cases(world: int) -> dict[str, Any]:
         found["guided"] = guided
         found["cached"] = cached
         found["refusals"] = refusals
+        for method in ("fastseq", "ulysses"):
+            found[f"whole blocks/{method}"] = functools.partial(whole_blocks, method)
     found["ranks"] = functools.partial(ranks, world)
     return found
 
@@ -94,6 +101,31 @@ def cached() -> tuple[bool, str]:
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, (cache, found))
     return everyone[0][0] == everyone[1][0] and torch.equal(everyone[0][1], everyone[1][1]), cache.to_json()
+
+
+@torch.no_grad()
+def whole_blocks(method: str) -> dict[str, float]:
+    """Blocks without a backward, on a part of the tokens: step by step and looked up."""
+    model, step = build("dit")
+    plain = cast_timesteps(twin(model))
+    cfg = {"fusion": "block", "kernels": "reference", "attention": "sdpa-flash", "sequence_parallel": method}
+    opendit.accelerate(model, {"sampling": True, **cfg}, sp_size=2)
+    computed, found = [0], {}
+
+    def counted(*args: Any) -> Tensor:
+        computed[0] += 1
+        return forward_only.forward_only(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_plain_kernels(patch, block_file)
+        patch.setattr(adaln, "resolve", lambda *_: "triton")
+        patch.setattr(adaln, "forward_only", counted)
+        for looked_up in (False, True):
+            with opendit.sampling(model, TIMES) if looked_up else contextlib.nullcontext():
+                for t in TIMES:
+                    found[f"{t}, {looked_up}"] = error(step(model, t, step.x), step(plain, t, step.x))
+    assert computed[0] == 2 * len(TIMES) * len(plain.blocks)
+    return found
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from tests.sampling import pairing
 
 MODULE = "tests.sampling.pairing"
 STEPS = [(world, case) for world in (2, 4) for case in pairing.cases(world) if case.startswith("steps")]
+WHOLE = [(2, f"whole blocks/{method}") for method in ("fastseq", "ulysses")]
 
 
-@pytest.mark.parametrize(("world", "case"), [*STEPS, (2, "guided")])
+@pytest.mark.parametrize(("world", "case"), [*STEPS, (2, "guided"), *WHOLE])
 def test_the_same_as_one_process(world: int, case: str):
     for errors in of_every_rank(MODULE, world, case):
         assert all(error <= 1e-12 for error in errors.values()), errors
