@@ -81,6 +81,11 @@ def capture(compute: Callable[[], Any], pool: Any, device: torch.device) -> tupl
     return graph, returned
 
 
+def stream_of(x: Tensor) -> int:
+    """The current stream of its device, by number; all of a CPU's is one."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
 def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
@@ -94,6 +99,7 @@ class Graphs:
         self.calls: dict[Any, int] = {}
         self.addresses: list[int] = []
         self.failed: str | None = None
+        self.stream: Any = None  # that they are replayed on
         self.replays = 0
 
     def run(
@@ -109,6 +115,10 @@ class Graphs:
         key: all that decides what is computed, besides the inputs' shapes and dtypes. state: what compute reads and
         writes, from call to call; a capture runs it once more.
         """
+        stream = stream_of(inputs[0])
+        self.stream = stream if self.stream is None else self.stream
+        if stream != self.stream:
+            return compute(inputs), "it is called on another stream than before, which could overtake"
         key = (key, *((t.shape, t.dtype, t.device) for t in inputs))
         addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
         if addresses != self.addresses:  # someone moved them; graphs would read what was there

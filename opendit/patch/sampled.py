@@ -143,8 +143,8 @@ class Sampled(Patched):
             self._note(f"no CUDA graph of its forward: {reason}")
         if steps is not None:
             steps.end()
-            if steps.without is not None:
-                self._note(f"adaLN is computed step by step: {steps.without}")
+            if (why := steps.without or steps.wide) is not None:
+                self._note(f"adaLN is computed step by step: {why}")
         return out
 
     def _check_reuse(

@@ -27,6 +27,9 @@ from opendit.patch.reuse import Residuals
 
 # Bytes of a table; a longer run's is made in several parts.
 TABLE_BYTES = 2 << 30
+# From more rows on a modulation's product is no longer bound by reading its weights: made at once it costs as much as
+# step by step, and the passes of the model's forward that a table takes come on top.
+TABLE_ROWS = 64
 
 Compute = Callable[[Tensor], Tensor]
 Condition = Tensor | Callable[[], Tensor]
@@ -80,6 +83,7 @@ class Steps:
         self.calls = 0
         self.without = table if isinstance(table, str) else None  # why there is no table
         self.row: Tensor | None = None  # what this step looks its values up in
+        self.wide: str | None = None  # why a step had no table, where others had
         self._table: Tensor | None = None
         self._window = range(0)
         self._rows = 0  # of the table
@@ -151,6 +155,12 @@ class Steps:
     # The table.
 
     def _look_up(self, call: Call, s: int, wrong: Tensor) -> Tensor:
+        if call.rows > TABLE_ROWS:
+            self.row = None
+            self.wide = (
+                f"with {call.rows} rows a product is not bound by reading its weights (up to {TABLE_ROWS} it is)"
+            )
+            return wrong
         if s not in self._window or not self._covers(call):
             self._make(call, s)
         elif self._conditions:

@@ -232,6 +232,31 @@ def test_tables_in_several_parts(monkeypatch):
     assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
 
 
+def test_wide_batches_are_computed_step_by_step(monkeypatch):
+    monkeypatch.setattr(steps, "TABLE_ROWS", 4)
+    plain = flow()
+    model = opendit.accelerate(twin(plain), {"sampling": True})
+    times = [1000.0, 800.0, 500.0, 250.0]
+    with opendit.sampling(model, times) as run:
+        found = euler(model, times, within=(300, 900))  # 3, 6, 6 and 3 rows
+    wanted = euler(plain, times, within=(300, 900))
+    assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
+    assert run.wide in said(model)
+    assert "adaLN is computed step by step: with 6 rows" in said(model)
+
+
+def test_another_stream_has_no_graphs(monkeypatch):
+    use_replays(monkeypatch)
+    plain = user_dit()
+    model = opendit.accelerate(twin(plain), {"sampling": True, "cuda_graphs": True})
+    with torch.no_grad():
+        for stream in (0, 0, 1):
+            monkeypatch.setattr(forward_graph, "stream_of", lambda _, stream=stream: stream)
+            torch.testing.assert_close(model(*inputs()), plain(*inputs()), atol=1e-5, rtol=1e-5)
+    assert sampled.kept_of(model).graphs.replays == 1
+    assert "it is called on another stream than before" in said(model)
+
+
 def test_other_timesteps_than_announced():
     model = opendit.accelerate(flow(), {"sampling": True})
     with pytest.raises(ValueError, match="timesteps: got 3"), opendit.sampling(model, [1000.0, 500.0, 100.0]):
