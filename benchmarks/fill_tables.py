@@ -24,7 +24,14 @@ from benchmarks.records import Record, load
 TABLES = tables.TABLES | part_tables.TABLES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/fastseq.md", "docs/engines.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/kernels.md",
+    "docs/fastseq.md",
+    "docs/engines.md",
+    "docs/sampling.md",
+)
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 THEMES = (
     "train_step",
+    "sampling",
+    "step_cache",
     "ablation",
     "largest_batch",
     "loss_curves",
@@ -75,7 +77,7 @@ class Record:
 
     @property
     def is_step(self) -> bool:
-        return self.theme in ("train_step", "ablation")
+        return self.theme in ("train_step", "ablation", "sampling")
 
     @property
     def complete(self) -> bool:

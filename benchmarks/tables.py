@@ -223,6 +223,50 @@ def loss_curves(records: Sequence[Record], link: Link) -> str:
     return setting + markdown(head, rows) + "\n" + sources(chosen, link) + chart(chosen, "loss_curves", link)
 
 
+def sampling(records: Sequence[Record], link: Link) -> str:
+    """A denoising step with guidance, every variant of every size."""
+    chosen = newest(records, "sampling")
+    rows = []
+    for record in chosen:
+        for row in record.rows:
+            cells = (
+                [NOTHING] * 5
+                if "ms" not in row
+                else [
+                    number(row["ms"], 2),
+                    number(ratio(record.rows, row), 2, "×"),
+                    number(row.get("peak_gib"), 1),
+                    number(row.get("host_ms"), 1),
+                    error(row["output_error"]),
+                ]
+            )
+            if "ms" not in row:
+                cells[0] = _why_not(row)
+            rows.append([f"{row['image_size']} px × {row['batch']}", record.label(row), *cells])
+    head = ["", "", "ms/step", "ratio", "GiB", "host ms", "off fp32"]
+    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+
+
+def step_cache(records: Sequence[Record], link: Link) -> str:
+    """The step cache on trained models, samples that it was not calibrated on."""
+    chosen = newest(records, "step_cache")
+    rows = []
+    for record in chosen:
+        plain, cached = record.rows
+        rows.append(
+            [
+                f"{record.data['checkpoint']}, {record.data['sampler']}, {record.data['steps']} steps",
+                number(plain["ms"], 2),
+                number(cached["ms"], 2),
+                number(cached["times_uncached"], 2, "×"),
+                number(cached["psnr"], 1),
+                number(cached["worst_psnr"], 1),
+            ]
+        )
+    head = ["", "ms/step", "cached", "faster", "PSNR, dB", "worst sample"]
+    return markdown(head, rows) + "\n" + sources(chosen, link) if rows else ""
+
+
 TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
     "speed": speed,
     "configurations": configurations,
@@ -231,4 +275,6 @@ TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
     "parity": parity,
     "largest-batch": largest_batch,
     "loss-curves": loss_curves,
+    "sampling": sampling,
+    "step-cache": step_cache,
 }

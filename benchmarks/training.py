@@ -96,7 +96,7 @@ def make_model(name: str, image_size: int, device: torch.device) -> DiT:
     torch.manual_seed(0)
     with device:
         if name == "smoke":
-            model = DiT(input_size=image_size // 8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+            model = DiT(input_size=image_size // 8, hidden_size=32, depth=3, num_heads=2, num_classes=10)
         else:
             model = DiT(**DIT_MODELS[name], input_size=image_size // 8)
     with torch.no_grad():

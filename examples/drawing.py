@@ -6,6 +6,7 @@ A sample is decided by the seed and its number, in whatever batch, on whichever 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,13 @@ from tqdm import tqdm
 
 import opendit
 from examples.common import Process, autocast
-from examples.diffusion import SAMPLERS, sample
+from examples.diffusion import SAMPLERS, sample, timesteps_of
 from examples.diffusion.conditions import rows
 from examples.encoding import Encoder
 from examples.options import precision_of
+
+# So many samples are drawn to calibrate a step cache, whatever the batch size and the number of processes.
+CALIBRATED = 4
 
 
 class Drawing:
@@ -84,6 +88,10 @@ class Drawing:
             self.labels = [label for label in classes for _ in range(args.per_class)]
             self.cond = self.encoder.labels(self.labels)
         self.total = len(next(iter(self.cond.values())))
+        self.timesteps = timesteps_of(self.sampler, self.steps)
+        if args.cache_psnr and not self.on_pixels and self.encoder.vae_name is None:
+            raise ValueError("--cache_psnr: the checkpoint makes latents; name a --vae, or take --cache_distance")
+        self.cache: opendit.StepCache | None = None
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Samples in pixels and as the model made them, all of them on every process."""
@@ -127,9 +135,30 @@ class Drawing:
         share = -(-self.total // ranks)
         first, last = min(self.total, rank * share), min(self.total, (rank + 1) * share)
         precision = precision_of(self.args, self.device.type == "cuda")
-        with autocast(self.device, precision if self.args.no_accelerate else "fp32"):
+        if (self.args.cache_psnr or self.args.cache_distance) and self.cache is None:
+            self._calibrate()
+        with autocast(self.device, precision if self.args.no_accelerate else "fp32"), self._running():
             for start in range(first, last, self.args.batch_size):
                 yield start, self._part(start, min(last, start + self.args.batch_size))
+
+    def _running(self) -> contextlib.AbstractContextManager[Any]:
+        """What all steps have in common is computed once (compiled blocks compute it in each)."""
+        if self.args.no_accelerate or self.args.compile:
+            return contextlib.nullcontext()
+        return opendit.sampling(self.model, self.timesteps, self.cache)
+
+    def _calibrate(self) -> None:
+        """The cheapest step cache within the budget, measured on a few samples of those that are drawn."""
+        stop = min(CALIBRATED, self.total)
+        self.cache = opendit.calibrate(
+            self.model,
+            lambda: self.encoder.pixels(self._part(0, stop)),
+            self.timesteps,
+            psnr=self.args.cache_psnr,
+            distance=self.args.cache_distance,
+        )
+        if self.process.is_main:
+            print(f"step cache: {self.cache.report()}", flush=True)
 
     def _part(self, start: int, stop: int) -> Tensor:
         return sample(

@@ -56,7 +56,7 @@ def add_opendit_options(parser: OneLineParser) -> None:
     add("--sequence_parallel_size", type=positive_int, default=1, help="processes that share a sequence")
     add("--sequence_parallel_type", choices=METHODS, help="how they share it (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile of each block, by opendit (default: for sampling on GPUs)")  # fmt: skip
+        help="torch.compile of each block, by opendit (default: no)")  # fmt: skip
     add("--no_accelerate", action="store_true", help="leave opendit out: plain PyTorch, not compiled")
     add("--explain", action="store_true", help="print what opendit changed in the model, and why")
 
@@ -323,15 +323,18 @@ def train_config(args: argparse.Namespace, on_gpu: bool, distributed: bool) -> o
 
 
 def sample_config(args: argparse.Namespace, on_gpu: bool) -> opendit.BoosterConfig:
-    """What opendit is asked for in sampling: its recipe "sample" on GPUs, unless a flag says otherwise."""
+    """What opendit is asked for in sampling: its recipe "sample", but for what a flag says otherwise."""
     precision = precision_of(args, on_gpu)
     return opendit.BoosterConfig(
+        sampling=True,
         kernels=kernels_of(args),
         attention=attention_of(args, on_gpu),
         sequence_parallel=args.sequence_parallel_type or "auto",
-        compile=on_gpu if args.compile is None else args.compile,
-        precision=precision,
-        skip_nonfinite=None if precision == "fp16" else False,  # there is no optimizer whose steps could be skipped
+        compile=bool(args.compile),
+        cuda_graphs=not args.compile,
+        weights="inherit" if precision == "fp32" else precision,
+        precision="fp32" if precision == "fp32" else "inherit",
+        cfg_parallel=args.cfg_parallel,
     )
 
 
@@ -363,6 +366,12 @@ def add_sample_options(parser: OneLineParser, kind: str) -> None:
     add("--steps", "--num_sampling_steps", type=positive_int, help="default: flow 10, others 50")
     add("--vae", help="that decodes latents: a diffusers name or a folder (default: the one it was trained with)")
     add("--text_encoder", help="default: the one it was trained with")
+    add("--cfg_parallel", action="store_true",
+        help="two processes share each batch: with and without the condition")  # fmt: skip
+    add("--cache_psnr", type=positive_float, metavar="DB",
+        help="reuse blocks' results between steps, down to this PSNR to samples without (30, say)")  # fmt: skip
+    add("--cache_distance", type=positive_float, metavar="D",
+        help="likewise, by the relative error of what is reused (0.05, say)")  # fmt: skip
     add("--out_dir", type=named_path, help="a file per sample and captions.jsonl, for eval.sh, instead of one picture")
     add_device_options(parser)
     add_opendit_options(parser)
@@ -378,6 +387,21 @@ def shipped_checkpoint() -> Path:
 
 def check_sample_options(parser: OneLineParser, args: argparse.Namespace) -> None:
     check_opendit_options(parser, args)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("cfg_parallel", "cache_psnr", "cache_distance"):
+        if getattr(args, name) and args.no_accelerate:
+            parser.error(f"argument --{name}: is opendit's and contradicts --no_accelerate")
+        if getattr(args, name) and name != "cfg_parallel" and args.compile:
+            parser.error(f"argument --{name}: compiled blocks can't be left out; leave one of it and --compile out")
+    if args.cache_psnr and args.cache_distance:
+        parser.error("argument --cache_distance: contradicts --cache_psnr; name one budget")
+    if args.cfg_parallel and world % (2 * args.sequence_parallel_size):
+        parser.error(
+            f"argument --cfg_parallel: needs {2 * args.sequence_parallel_size} processes or a multiple, not {world}: "
+            "start it under torchrun"
+        )
+    if args.cfg_parallel and args.cfg_scale == 1:
+        parser.error("argument --cfg_parallel: means nothing with --cfg_scale 1, which is no guidance")
     low, high = args.cfg_interval
     if not 0 <= low < high <= 1:
         parser.error(f"argument --cfg_interval: {low} {high} is not within 0 … 1, low end first")

@@ -6,6 +6,7 @@ model, optimizer = opendit.accelerate(model, "train", optimizer=optimizer)
 
 from opendit.api import Boosted, accelerate, attach, explain, restore
 from opendit.attaching import schedule
+from opendit.calibrating import calibrate
 from opendit.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
@@ -24,6 +25,8 @@ from opendit.ema_snapshots import posthoc_ema
 from opendit.parallel import data_parallel_rank, data_parallel_size, seed
 from opendit.patch.registry import register_family
 from opendit.sampler import ResumableSampler
+from opendit.sampling import sampling
+from opendit.step_cache import StepCache
 from opendit.stepping import NonFiniteGradients
 from opendit.training import no_sync
 from opendit.verify import verify
@@ -36,8 +39,10 @@ __all__ = [
     "DamagedCheckpointError",
     "NonFiniteGradients",
     "ResumableSampler",
+    "StepCache",
     "accelerate",
     "attach",
+    "calibrate",
     "data_parallel_rank",
     "data_parallel_size",
     "ema_state_dict",
@@ -52,6 +57,7 @@ __all__ = [
     "posthoc_ema",
     "register_family",
     "restore",
+    "sampling",
     "save",
     "save_weights",
     "schedule",

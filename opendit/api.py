@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from opendit import attaching, engines, optim, training
 from opendit.config import DEFAULT_TIMEOUT, BoosterConfig, OptimizerFactory
 from opendit.engines import Engine, Placed
-from opendit.patch import core
+from opendit.patch import core, lowered
 from opendit.patch.core import Patched, Plan
 from opendit.wrapping import device_of, unwrap
 
@@ -98,6 +98,11 @@ def accelerate(
     cfg = BoosterConfig.of(booster_cfg)
     optimizer = _one_optimizer(optimizer, cfg)
     _check_sp_size(sp_size)
+    if cfg.sampling and optimizer is not None:
+        raise ValueError(
+            f"optimizer: got {type(optimizer).__name__} for a model that is to sample; allowed: None. Leave it out, or "
+            "take the recipe 'train'"
+        )
     target = _target(model)
     if isinstance(optimizer, Optimizer):
         optim.check(optimizer, target)
@@ -114,6 +119,8 @@ def accelerate(
         plan = _without_graphs(plan, engine)
     before = dict(target.named_parameters())
     core.apply(target, plan)
+    if plan.choices.sampling is not None:
+        lowered.lower(target, plan.choices.sampling.weights)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
     try:
         if engine is not None:
@@ -137,6 +144,7 @@ def accelerate(
     except BaseException:
         with contextlib.suppress(ValueError):  # classes that an engine put on top stay
             core.unapply(target)
+            lowered.give_back(target)
         raise
     training.remember(target, cfg, sp_size, engine, placed)
     _follow(target, placed.optimizer)
@@ -241,12 +249,15 @@ def restore(model: ModelT) -> ModelT:
     if known is not None and known.engine is not None:
         wrapper = known.model()
         model = cast(ModelT, known.engine.undo(wrapper) if wrapper is not None else target)
+    lowered.check(target)
     core.unapply(target)
+    lowered.give_back(target)
     training.forget(target)
     attaching.take_out(target)
-    from opendit.patch import graphs
+    from opendit.patch import graphs, sampled
 
     graphs.release(list(target.parameters()))
+    sampled.release(target)
     return model
 
 
@@ -268,6 +279,12 @@ def _check_sp_size(sp_size: object) -> None:
 def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | None = None) -> None:
     """With `sp_size` > 1, a process group, whose processes it divides; with a plugin, one of this process at least."""
     plugin = cfg.plugin if cfg is not None else None
+    in_pairs = cfg is not None and cfg.cfg_parallel
+    if in_pairs:
+        from opendit.fastseq import mesh, pairs
+
+        mesh.ensure_world(device_of(model), "cfg_parallel: got True")
+        pairs.check_size(sp_size)
     if sp_size > 1 or plugin is not None:
         from opendit.fastseq import mesh
 

@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "plugin": (None, "ddp", "zero1", "zero2", "zero3", "fsdp", "gemini"),
     "engine": ("torch", "colossalai"),
     "reduction": ("fp32", "bf16"),
+    "weights": ("inherit", "bf16", "fp16"),
 }
 
 # After how many skipped steps in a row training stops, unless told otherwise: fp16's loss scale needs some 20 from its
@@ -41,7 +42,7 @@ SKIPS_IN_A_ROW = 50
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "train": {"activation_checkpointing": "selective", "cuda_graphs": True},
-    "sample": {"compile": True},
+    "sample": {"sampling": True, "weights": "bf16", "cuda_graphs": True},
 }
 
 
@@ -65,7 +66,15 @@ class BoosterConfig(Generic[OptimizerT]):
             one compilation, so the first step comes much sooner than when the whole model is compiled.
         cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, where launches can be the
             limit (up to 2²⁶ elements of x [B, L, D]) and nobody holds what a replay would overwrite. Activations then
-            stay allocated between steps.
+            stay allocated between steps. With `sampling`: one graph of the model's whole forward for each input shape.
+        sampling: the model samples and does not train: `opendit.sampling` and `opendit.calibrate` know it, its forward
+            without gradients runs blocks that keep nothing for a backward, and a forward in training is an error.
+        weights: with `sampling`, the dtype of parameters and floating buffers, which are replaced by rounded ones;
+            there is no autocast then. Inputs are cast, the output comes back in the input's dtype. What came in is
+            kept in host memory and given back by `restore`, to the bit.
+        cfg_parallel: with `sampling`, pairs of processes share each batch: one computes the first half of its rows,
+            the other the second, which with guidance are the conditional and the unconditional branch. Both get all
+            of the output, by one all-gather a forward.
         optimizer: an optimizer built on the model's parameters, or a factory such as
             `functools.partial(torch.optim.AdamW, lr=1e-4)`; `accelerate` then returns `(model, optimizer)`.
         precision: `"inherit"`: the caller's autocast and parameter dtypes decide. `"bf16"`, `"fp16"`: the model's
@@ -122,6 +131,9 @@ class BoosterConfig(Generic[OptimizerT]):
     activation_checkpointing: bool | str = False
     ema: float | Sequence[float] | EMA | None = None
     skip_nonfinite: bool | int | None = None
+    sampling: bool = False
+    weights: str = "inherit"
+    cfg_parallel: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.kernels, Mapping):
@@ -139,7 +151,7 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if not isinstance(self.attention, str):
             raise TypeError(f"attention: got {self.attention!r}; allowed: the name of an attention backend")
-        for name in ("compile", "cuda_graphs", "regather_input"):
+        for name in ("compile", "cuda_graphs", "regather_input", "sampling", "cfg_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False")
         if self.optimizer is not None and not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
@@ -148,7 +160,7 @@ class BoosterConfig(Generic[OptimizerT]):
                 "that makes one from the model's parameters, such as functools.partial(torch.optim.AdamW, lr=1e-4)"
             )
         object.__setattr__(self, "ema", EMA.of(self.ema))
-        if self.cuda_graphs and (self.compile or self.fusion == "adaln"):
+        if self.cuda_graphs and (self.compile or (self.fusion == "adaln" and not self.sampling)):
             other = "compile=True" if self.compile else "fusion='adaln'"
             raise ValueError(
                 f"cuda_graphs: got True with {other}; allowed: with blocks that are one function and not compiled. "
@@ -162,6 +174,7 @@ class BoosterConfig(Generic[OptimizerT]):
         for name, allowed in _CHOICES.items():
             _check_allowed(name, getattr(self, name), allowed)
         self._check_plugin()
+        self._check_sampling()
         if self.precision == "fp8" and self.engine != "torch":
             raise ValueError("precision: got 'fp8' with engine='colossalai'; allowed: with engine='torch'. Take 'bf16'")
         if self.ema is not None and (self.engine, self.plugin) == ("colossalai", "gemini"):
@@ -193,8 +206,36 @@ class BoosterConfig(Generic[OptimizerT]):
                     f"{name} out"
                 )
 
+    def _check_sampling(self) -> None:
+        for name in ("weights", "cfg_parallel"):
+            if not self.sampling and getattr(self, name) not in ("inherit", False):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} without sampling; allowed: with sampling=True, as in the "
+                    f"recipe 'sample'. Add it, or leave {name} out"
+                )
+        if not self.sampling:
+            return
+        for name, off in (
+            ("optimizer", None),
+            ("ema", None),
+            ("plugin", None),
+            ("activation_checkpointing", False),
+        ):
+            if getattr(self, name) is not off:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with sampling, which trains nothing; allowed: {off!r}. Leave "
+                    f"{name} out, or sampling"
+                )
+        if self.weights != "inherit" and self.precision != "inherit":
+            raise ValueError(
+                f"weights: got {self.weights!r} with precision={self.precision!r}; allowed: one of them. Rounded "
+                "weights need no autocast, and autocast rounds fp32 weights itself"
+            )
+
     def skips_in_a_row(self) -> int | None:
         """After how many skipped steps in a row to stop; None: no step is skipped."""
+        if self.sampling:
+            return None
         if self.skip_nonfinite is None:
             return SKIPS_IN_A_ROW if self.precision != "inherit" or self.ema is not None else None
         if isinstance(self.skip_nonfinite, bool):

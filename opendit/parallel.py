@@ -19,7 +19,7 @@ def data_parallel_rank(model: nn.Module) -> int:
 
 
 def data_parallel_size(model: nn.Module) -> int:
-    """Into how many shares a batch is divided: the number of processes over `sp_size`."""
+    """Into how many shares a batch is divided: the processes over `sp_size`, and over 2 with `cfg_parallel`."""
     return _data_parallel(model)[1]
 
 
@@ -47,6 +47,11 @@ def _data_parallel(model: nn.Module) -> tuple[int, int]:
         raise TypeError(f"model: got {type(model).__name__}; allowed: the torch.nn.Module given to accelerate")
     plan = core.plan_of(unwrap(model))
     sequence = plan.choices.sequence if plan is not None else None
+    if plan is not None and plan.choices.sampling is not None and plan.choices.sampling.pairs:
+        from opendit.fastseq import pairs
+
+        pair = pairs.pair(sequence.size if sequence is not None else 1)
+        return pair.dp_rank, pair.dp_size
     if sequence is not None:
         from opendit.fastseq import mesh
 

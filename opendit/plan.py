@@ -19,12 +19,13 @@ from opendit.kernels import backend as kernel_backend
 from opendit.kernels import fp8, spec
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.alternating import plan_alternating, video_shape
-from opendit.patch.core import Choices, Edit, Plan, notes
+from opendit.patch.core import Choices, Edit, Plan, Sampling, notes
 from opendit.patch.generic import generic, plan_division
 from opendit.patch.norms import plan_norms
 from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
 from opendit.patch.registry import GENERIC, Alternating, Family, Joint, Spread, named, resolve
+from opendit.patch.sampled import plan_sampling
 from opendit.patch.spread import ComparesModelInputs
 from opendit.patch.spreading import attention_shape, plain_projections, plan_joint, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
@@ -60,6 +61,8 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     _check_used(cfg, planner)
     _check_blocks(cfg, planner, choices, family)
     plan_precision(planner, model, cfg.precision)
+    if cfg.sampling:
+        plan_sampling(planner, [name for name, _ in family.blocks_of(model)], cfg.weights)
     units = (*family.called_apart, *(name for name, _ in family.blocks_of(model)))
     if family.name == GENERIC.name:
         units = ()  # nobody says which modules are called only through their block
@@ -133,7 +136,7 @@ def _spread(
                 f"or sequence_parallel={' or '.join(map(repr, in_block.METHODS))}, which a block can compute itself"
             )
         choices = dataclasses.replace(choices, fusion="adaln")
-        if cfg.cuda_graphs or choices.keep == "selective":
+        if choices.graphs or choices.keep == "selective":
             why = f"blocks run in parts with the method {sequence.method}"
             planner.keep("blocks", f"no CUDA graphs and no selective checkpointing: {why}")
     return dataclasses.replace(choices, sequence=sequence)
@@ -175,7 +178,7 @@ def _check_blocks(cfg: BoosterConfig, planner: Planner, choices: Choices, family
         _check_fp8(cfg, planner, choices, "whole" in ways)
     if "whole" in ways:
         return
-    if cfg.cuda_graphs or checkpointing == "selective":
+    if choices.graphs or checkpointing == "selective":
         planner.keep("", "no CUDA graphs and no selective checkpointing: no block is one function")
     if cfg.fusion == "block":
         raise ValueError(
@@ -245,7 +248,8 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         fusion=cfg.fusion,
         residual=cfg.residual,
         keep=keep,
-        graphs=cfg.cuda_graphs,
+        graphs=cfg.cuda_graphs and not cfg.sampling,
+        sampling=Sampling(cfg.weights, cfg.cuda_graphs, cfg.cfg_parallel) if cfg.sampling else None,
         fp8=cfg.precision == "fp8",
     )
 
@@ -326,6 +330,21 @@ def _choices_in_words(choices: Choices, ways: set[str]) -> list[str]:
             "  CUDA graphs: on GPUs, in training, of blocks that are one function, where launches can be the limit and "
             "nobody holds what a replay overwrites; not under torch.compile"
         )
+    if choices.sampling is not None:
+        rows += [f"  sampling: {line}" for line in _sampling_in_words(choices)]
+    return rows
+
+
+def _sampling_in_words(choices: Choices) -> list[str]:
+    asked = choices.sampling
+    assert asked is not None
+    rows = ["in opendit.sampling, modulations of all timesteps are computed at once, before the first step"]
+    if asked.weights != "inherit":
+        rows.append(f"weights are {asked.weights}, without autocast; restore gives back what came in, to the bit")
+    if asked.graphs:
+        rows.append("a CUDA graph of the whole forward for each shape, on GPUs, without gradients")
+    if asked.pairs:
+        rows.append("cfg_parallel: two processes share each batch, half of its rows each; one all-gather a forward")
     return rows
 
 

@@ -129,6 +129,11 @@ def verify(
             f"booster_cfg: got plugin={cfg.plugin!r}; allowed here: None. verify averages gradients itself; leave "
             "plugin out"
         )
+    if cfg.sampling:
+        raise ValueError(
+            "booster_cfg: got sampling=True (the recipe 'sample'); allowed here: what trains, for gradients and a step "
+            "are compared. Leave booster_cfg out, which compares the same blocks"
+        )
     if cfg.precision == "fp8":
         raise ValueError(
             "booster_cfg: got precision='fp8'; allowed here: the others. Products in 8 bits have nothing unaccelerated "

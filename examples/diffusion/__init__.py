@@ -8,7 +8,7 @@ from torch import nn
 
 from examples.diffusion.flow import RectifiedFlow
 from examples.diffusion.gaussian import GaussianDiffusion, VelocityDiffusion
-from examples.diffusion.sampling import SAMPLERS, guided, sample
+from examples.diffusion.sampling import SAMPLERS, guided, sample, timesteps_of
 
 OBJECTIVES = {"flow": RectifiedFlow, "gaussian": GaussianDiffusion, "v": VelocityDiffusion}
 
@@ -29,4 +29,5 @@ __all__ = [
     "guided",
     "objective_of",
     "sample",
+    "timesteps_of",
 ]

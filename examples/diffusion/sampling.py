@@ -131,6 +131,27 @@ def dpm_solver(predict: Predict, noise: Tensor, steps: int, *, predicts: str = "
     return x
 
 
+def timesteps_of(sampler: str, steps: int) -> list[float]:
+    """Those that the sampler calls the model at, in order."""
+    dt = 1 / steps
+    if sampler == "euler":
+        return [1000 * (1 - i * dt) for i in range(steps)]
+    if sampler == "heun":
+        pairs = [(1000 * (1 - i * dt), 1000 * (1 - (i + 1) * dt)) for i in range(steps)]
+        return [t for pair in pairs for t in pair][:-1]  # the last step is Euler's
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    match sampler:
+        case "ddpm":
+            scheduler = DDPMScheduler(timestep_spacing="linspace")
+        case "ddim":
+            scheduler = DDIMScheduler(timestep_spacing="trailing")
+        case _:
+            scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    return [float(t) for t in scheduler.timesteps]
+
+
 SAMPLERS = {
     "flow": ("heun", "euler"),
     "gaussian": ("ddim", "ddpm", "dpm-solver++"),

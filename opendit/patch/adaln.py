@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,10 @@ from opendit.kernels.layernorm_modulate import layernorm_modulate
 from opendit.kernels.rmsnorm_modulate import rmsnorm_modulate
 from opendit.patch.block import Static, adaln_block
 from opendit.patch.core import Patched, autocast_dtype, hooked
+from opendit.patch.forward_only import forward_only
 from opendit.patch.parts import AttentionParts, MlpParts, parts_of, plain_linear
 from opendit.patch.rms_norm import must_be_called
+from opendit.patch.steps import Condition, steps_of
 
 Sublayer = Callable[[Tensor], Tensor]
 Ada = nn.Module | tuple[nn.Module, ...]
@@ -81,21 +83,47 @@ class FusedAdaLN(Patched):
         return modulation.chunk(6, dim=1)
 
     def _block(
-        self, x: Tensor, c: Tensor, ada: Ada, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
+        self, x: Tensor, c: Condition, ada: Ada, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
     ) -> Tensor:
-        """The block; `ada` maps c [B, C] to [B, 6·D]: shift, scale, gate for attn, then for mlp."""
+        """The block; `ada` maps c [B, C], or what gives it, to [B, 6·D]: shift, scale, gate for attn, then for mlp."""
         lower = autocast_dtype(x)
         if lower is not None:
             x = self._stream(x, lower)
+        if self._opendit_sampling is not None and not torch.is_grad_enabled():
+            return self._sampled(x, lower, c, ada, norm_a, attn, norm_m, mlp)
+        c = c() if callable(c) else c
         whole = self._whole(x, lower, c, ada, norm_a, attn, norm_m, mlp)
         if whole is not None:
             return whole
-        if isinstance(ada, tuple):
-            for module in ada:
-                c = module(c)
-        else:
-            c = ada(c)
-        return self._kept(self._in_parts, x, c, norm_a, attn, norm_m, mlp)
+        return self._kept(self._in_parts, x, _through(ada, c), norm_a, attn, norm_m, mlp)
+
+    def _sampled(
+        self,
+        x: Tensor,
+        lower: torch.dtype | None,
+        c: Condition,
+        ada: Ada,
+        norm_a: nn.LayerNorm,
+        attn: Any,
+        norm_m: nn.LayerNorm,
+        mlp: Any,
+    ) -> Tensor:
+        """The block for sampling: without a backward, its modulation looked up where a run of a sampler has it."""
+        modulation = self._looked_up(c, ada)
+        if (steps := steps_of(self)) is not None and steps.recording:
+            return x
+        planned = self._planned(x, lower, norm_a, attn, norm_m, mlp)
+        if planned is not None and lower is None and modulation.dtype == x.dtype == planned[1].dtype:
+            return forward_only(x, modulation, *planned)
+        return self._kept(self._in_parts, x, modulation, norm_a, attn, norm_m, mlp)
+
+    def _looked_up(self, c: Condition, ada: Ada) -> Tensor:
+        """ada(c), or what a run of a sampler has of it."""
+        steps = steps_of(self)
+        if steps is None:
+            return _through(ada, c() if callable(c) else c)
+        modules = ada if isinstance(ada, tuple) else (ada,)
+        return steps.value(cast(nn.Module, self), c, lambda c: _through(ada, c), *modules)
 
     def _stream_in_parts(self, x: Tensor, *args: Any) -> Tensor:
         """`_in_parts` for a block that can be nothing else: `_block`, given the modulation."""
@@ -155,14 +183,6 @@ class FusedAdaLN(Patched):
         mlp: Any,
     ) -> Tensor | None:
         """The block as one function, or None where it is to be computed in parts."""
-        forced = self._opendit_fusion == "block"
-        if self._opendit_fusion == "adaln" or (not forced and x.device.type != "cuda"):
-            return None
-        attn_parts, mlp_parts = parts_of(attn), parts_of(mlp)
-        if not isinstance(attn_parts, AttentionParts):
-            return self._not_whole(f"attention: {attn_parts}")
-        if not isinstance(mlp_parts, MlpParts):
-            return self._not_whole(f"MLP: {mlp_parts}")
         modules = tuple(ada) if type(ada) is nn.Sequential and not hooked(ada) else ada
         if not (
             isinstance(modules, tuple)
@@ -172,6 +192,32 @@ class FusedAdaLN(Patched):
             and plain_linear(last)
         ):
             return self._not_whole("its modulation is not SiLU and torch's own Linear")
+        planned = self._planned(x, lower, norm_a, attn, norm_m, mlp, c, last)
+        return None if planned is None else adaln_block(x, c, *planned, self._opendit_graphs)
+
+    def _planned(
+        self,
+        x: Tensor,
+        lower: torch.dtype | None,
+        norm_a: nn.LayerNorm,
+        attn: Any,
+        norm_m: nn.LayerNorm,
+        mlp: Any,
+        c: Tensor | None = None,
+        last: nn.Linear | None = None,
+    ) -> tuple[list[list[Tensor]], Static] | None:
+        """What the block as one function is given: its parameters and all else; None where it runs in parts.
+
+        c, last: the condition, and the Linear that makes the modulation of it; none where that is given.
+        """
+        forced = self._opendit_fusion == "block"
+        if self._opendit_fusion == "adaln" or (not forced and x.device.type != "cuda"):
+            return None
+        attn_parts, mlp_parts = parts_of(attn), parts_of(mlp)
+        if not isinstance(attn_parts, AttentionParts):
+            return self._not_whole(f"attention: {attn_parts}")
+        if not isinstance(mlp_parts, MlpParts):
+            return self._not_whole(f"MLP: {mlp_parts}")
         dtype = lower or attn_parts.proj.weight.dtype
         reason = self._why_in_parts(x, dtype, norm_a, norm_m)
         if reason is not None:
@@ -194,10 +240,18 @@ class FusedAdaLN(Patched):
         if not two_pass.paired(backend, x.device) and (not forced or torch.compiler.is_compiling()):
             return self._not_whole(f"attention: {backend} has no backward of its own")
         groups: list[list[Tensor]] = []
-        for linears in ((last,), attn_parts.qkv, (attn_parts.proj,), (mlp_parts.fc1,), (mlp_parts.fc2,)):
+        for linears in (
+            () if last is None else (last,),
+            attn_parts.qkv,
+            (attn_parts.proj,),
+            (mlp_parts.fc1,),
+            (mlp_parts.fc2,),
+        ):
             groups.append([linear.weight for linear in linears])
             groups.append([linear.bias for linear in linears if linear.bias is not None])
-        if lower is None and any(t.dtype != dtype for t in (x, c, *(p for group in groups for p in group))):
+        if lower is None and any(
+            t.dtype != dtype for t in (x, *(() if c is None else (c,)), *(p for group in groups for p in group))
+        ):
             return self._not_whole("its inputs and parameters are not of one dtype")
         if len(groups[3]) not in (0, len(groups[2])):
             return self._not_whole("q, k and v have not all a bias, or none")
@@ -214,7 +268,7 @@ class FusedAdaLN(Patched):
             wide=lower is not None and x.dtype == lower and self._opendit_residual == "bf16",
             sequence=sequence,
         )
-        return adaln_block(x, c, groups, static, self._opendit_graphs)
+        return groups, static
 
     def _why_in_parts(self, x: Tensor, dtype: torch.dtype, norm_a: nn.LayerNorm, norm_m: nn.LayerNorm) -> str | None:
         names = (*BLOCK_KERNELS, "gelu")
@@ -242,7 +296,7 @@ class FusedAdaLN(Patched):
             self._note(f"no products in 8 bits: {reason}", logging.WARNING)
         return reason is None
 
-    def _not_whole(self, reason: str) -> Tensor | None:
+    def _not_whole(self, reason: str) -> Any:
         # Speed apart, nothing is lost by it; but of 8 bits nothing is left.
         self._note(f"fused in parts, not as a whole: {reason}", logging.WARNING if self._opendit_fp8 else logging.INFO)
         return None
@@ -250,6 +304,12 @@ class FusedAdaLN(Patched):
     def _sublayer_dtype(self, x: Tensor) -> torch.dtype | None:
         lower = autocast_dtype(x)
         return lower if lower is None or self.casts_for_linear else torch.float32
+
+
+def _through(ada: Ada, c: Tensor) -> Tensor:
+    for module in ada if isinstance(ada, tuple) else (ada,):
+        c = module(c)
+    return c
 
 
 def _why_spread_in_parts(sequence: Sequence, heads: int) -> str | None:

@@ -10,7 +10,7 @@ Shapes: x [B, L, D], c [B, D]. B batch, L tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from opendit.patch.planner import Planner, has, parameters_of_forward, plain_lay
 from opendit.patch.probe import Inputs, StandIn, own_attributes, reads_low_precision
 from opendit.patch.registry import Trait
 from opendit.patch.rms_norm import NormStandIn, is_rms_norm, plan_rms_norms
+from opendit.patch.steps import steps_of
 
 BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 HEAD_PARTS = {"norm_final", "linear", "adaLN_modulation"}
@@ -51,6 +52,7 @@ class FusedBlock(FusedAdaLN):
 
     uses = BLOCK_KERNELS
     ways = ("parts", "whole")
+    is_site = True
     norm1: nn.LayerNorm
     attn: nn.Module
     norm2: nn.LayerNorm
@@ -76,6 +78,7 @@ class FusedHead(FusedAdaLN):
     """The final layer with LayerNorm+modulate in one pass."""
 
     uses = ("layernorm_modulate",)
+    is_site = True
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Module
@@ -86,7 +89,7 @@ class FusedHead(FusedAdaLN):
         if values is None or reason is not None:
             return self._upstream(reason or "other arguments were given", *args, **kwargs)
         x, c = values
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self._looked_up(c, self.adaLN_modulation).chunk(2, dim=1)
         return self.linear(self._modulated(x, self.norm_final, shift, scale))
 
 
@@ -120,6 +123,7 @@ def unusual(values: tuple[Any, ...] | None, *norms: nn.Module) -> str | None:
 class AnyDtypeTimesteps(Patched):
     """The timestep embedder; its fp32 sinusoid is cast to the MLP's dtype, so that bf16 weights work."""
 
+    is_site = True
     mlp: nn.Sequential
     frequency_embedding_size: int
     timestep_embedding: Callable[..., torch.Tensor]
@@ -128,7 +132,13 @@ class AnyDtypeTimesteps(Patched):
         values = self._positional(args, kwargs)
         if values is None or any(value is not False for value in values[1:]):
             return self._upstream("other arguments were given", *args, **kwargs)
-        sinusoid = self.timestep_embedding(values[0], self.frequency_embedding_size)
+        steps = steps_of(self)
+        if steps is None:
+            return self._embedded(values[0])
+        return steps.value(cast(nn.Module, self), values[0], self._embedded, self.mlp)
+
+    def _embedded(self, t: torch.Tensor) -> torch.Tensor:
+        sinusoid = self.timestep_embedding(t, self.frequency_embedding_size)
         first: Any = self.mlp[0]
         return self.mlp(sinusoid.to(first.weight.dtype))
 

@@ -32,6 +32,17 @@ _notes: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What was asked for of a model that samples: its weights' dtype, graphs of its forward, pairs of processes that
+    share a batch.
+    """
+
+    weights: str = "inherit"
+    graphs: bool = False
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
 class Choices:
     """Which backend each kernel and the attention use. `kernels` is sorted pairs, so that choices hash."""
 
@@ -43,6 +54,7 @@ class Choices:
     graphs: bool = False
     fp8: bool = False
     sequence: Any = None  # an opendit.fastseq.Sequence where the tokens are spread over processes
+    sampling: Sampling | None = None
 
     def kernel(self, name: str) -> str:
         return dict(self.kernels).get(name, "reference")
@@ -67,10 +79,13 @@ class Patched:
     _opendit_graphs: ClassVar[bool]
     _opendit_fp8: ClassVar[bool]
     _opendit_sequence: ClassVar[Any]
+    _opendit_sampling: ClassVar[Sampling | None]
     _opendit_around: ClassVar[tuple[type[Patched], ...]]
     _opendit_parameters: ClassVar[tuple[str, ...]]
     # Which kernels and whether attention, by the names that configs use.
     uses: ClassVar[tuple[str, ...]] = ()
+    # Whether its value depends on timestep and condition alone, and goes through `opendit.patch.steps`.
+    is_site: ClassVar[bool] = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The made class has no import path; pickle and deepcopy make it again from its ingredients.
@@ -136,6 +151,7 @@ def _make_class(base: type[nn.Module], mixin: type[Patched], choices: Choices, a
         "_opendit_graphs": choices.graphs,
         "_opendit_fp8": choices.fp8,
         "_opendit_sequence": choices.sequence,
+        "_opendit_sampling": choices.sampling,
         "_opendit_around": around,
         "_opendit_attention": choices.attention,
         "_opendit_parameters": tuple(inspect.signature(base.forward).parameters)[1:],

@@ -31,6 +31,7 @@ class FusedBlock(FusedAdaLN):
 
     uses = BLOCK_KERNELS
     ways = ("parts", "whole")
+    is_site = True
     norm1: Any
     attn1: nn.Module
     norm3: nn.LayerNorm
@@ -71,7 +72,10 @@ class FusedBlock(FusedAdaLN):
                 added_cond_kwargs,
             )
         x = hidden_states
-        c = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+
+        def c() -> torch.Tensor:
+            return self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+
         ada = (self.norm1.silu, self.norm1.linear)
         return self._block(x, c, ada, self.norm1.norm, self.attn1, self.norm3, self.ff)
 
