@@ -23,6 +23,7 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("train_step", "--model", "DiT-B/2", "--batch", "256", "--variants", "torch.compile", "opendit"),
     ("largest_batch", "--stand-in", "eager"),
     ("loss_curves",),
+    ("video",),
     ("sequence_parallel",),
 )
 AFTERWARDS = (("charts",), ("fill_tables",))
