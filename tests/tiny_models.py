@@ -342,6 +342,7 @@ class Tiny:
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
     whole: bool = True  # whether its blocks can be fused as one function
     slow: bool = False  # a variant that shows little beyond others of its family
+    rounds: bool = False  # whether its own forward rounds to fp32 what comes in fp64
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -485,6 +486,38 @@ def _diffusers_latte_inputs(frames: int = 3, height: int = 4, width: int = 4, ma
     return inputs
 
 
+def _wan(**options: Any) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "freq_dim": 16,
+        "ffn_dim": 52,
+        "num_layers": 2,
+        "rope_max_seq_len": 16,
+    }
+    return WanTransformer3DModel(**{**config, **options})
+
+
+def _wan_inputs(frames: int = 3, height: int = 2, width: int = 6, text: int = 5, image: int | None = None):
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {
+            "timestep": torch.tensor([17, 999], device=device),
+            "encoder_hidden_states": torch.randn(2, text, 10, generator=generator).to(device, dtype),
+        }
+        if image is not None:
+            more["encoder_hidden_states_image"] = torch.randn(2, image, 14, generator=generator).to(device, dtype)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -536,5 +569,16 @@ TINY = [
         _sample,
         whole=False,
         slow=True,
+    ),
+    Tiny("wan", "diffusers_wan", _wan, _wan_inputs(), _sample, whole=False, rounds=True),
+    Tiny(
+        "wan-image",  # an image's tokens beside the text's, no norm before them
+        "diffusers_wan",
+        lambda: _wan(num_attention_heads=4, cross_attn_norm=False, image_dim=14, added_kv_proj_dim=48),
+        _wan_inputs(2, 4, 6, text=512, image=4),
+        _sample,
+        whole=False,
+        slow=True,
+        rounds=True,
     ),
 ]

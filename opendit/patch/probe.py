@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opendit.doubles import keeping_doubles
 from opendit.patch.core import REFERENCE, Patched, patched_class
 
 # Agreement of two fp64 evaluations of the same formula; anything wrong is many orders above it.
@@ -53,6 +54,7 @@ def disagreement(
     *,
     stand_ins: Mapping[str, nn.Module] | None = None,
     dtype: torch.dtype = torch.float64,
+    keep_doubles: bool = False,
 ) -> str | None:
     """Why `mixin` must not be given to `module`, or None where both compute the same.
 
@@ -61,6 +63,7 @@ def disagreement(
             tried in turn, such as a short and a longer sequence.
         stand_ins: children to replace in the copy, by name.
         dtype: what to compute in; float32 only for modules that can't run in float64.
+        keep_doubles: for a module known to compute in fp32 at least: its own casts to fp32 leave fp64 as it is.
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -70,9 +73,9 @@ def disagreement(
             twin = _small_copy(module, stand_ins or {}, dtype)
         except Exception as error:
             return f"it could not be copied for the check ({type(error).__name__}: {error})"
-        for training in (True, False):
-            twin.train(training)
-            for example in examples:
+        with keeping_doubles(keep_doubles):
+            for training, example in itertools.product((True, False), examples):
+                twin.train(training)
                 reason = _compare(twin, mixin, example, dtype, autocast=False)
                 if reason is not None:
                     return reason

@@ -9,6 +9,7 @@ All else in a block must treat tokens one by one, and norms of q and k one head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, cast
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from opendit.fastseq.method import Pair
 from opendit.patch.core import Patched, autocast_dtype
 from opendit.patch.parts import Sublayer, plain_linear
 
+_Heads = tuple[Tensor, Tensor, Tensor]
 _PAIR = Pair(blockwise.forward, blockwise.backward)
 
 # How often a model's inputs were compared so far, in training steps and otherwise: only training steps are sure to be
@@ -102,6 +104,8 @@ class SpreadAttention(OnPart, Sublayer):
     # By name: the linears that give q, k, v (one packed, or three), and the modules that `_normalise` calls.
     projections: ClassVar[tuple[str, ...]]
     per_head: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
+    # Why q, k, v can't be computed for some heads only, as `fastseq` does; None where they can.
+    all_heads: ClassVar[str | None] = None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, L, H, K] of x [B, L, D]."""
@@ -110,13 +114,16 @@ class SpreadAttention(OnPart, Sublayer):
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
-    def _spread(self, x: Tensor, heads: int) -> Tensor:
-        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection."""
+    def _spread(self, x: Tensor, heads: int, project: Callable[[Tensor], _Heads] | None = None) -> Tensor:
+        """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection.
+
+        project: instead of `_project`, where that needs more than x.
+        """
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
-            project=self._project,
-            projection=_projection(x, tuple(getattr(self, name) for name in self.projections)),
+            project=project or self._project,
+            projection=self.all_heads or _projection(x, tuple(getattr(self, name) for name in self.projections)),
             normalise=self._normalise,
             attend=self._attend,
             pair=_PAIR,

@@ -78,10 +78,14 @@ def attention_shape(model: nn.Module, family: Family) -> tuple[int, int]:
     return int(getattr(attention, "num_heads", None) or attention.heads), _width(attention)
 
 
-def plain_projections(planner: Planner, model: nn.Module, family: Family) -> bool:
-    """Whether the linears of every attention's q, k, v can be taken apart by heads."""
-    names = next(edit.mixin.projections for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
-    return all(plain_linear(*(getattr(a, name) for name in names)) for a in _attentions(model, family))
+def only_whole(planner: Planner, model: nn.Module, family: Family) -> str | None:
+    """Why q, k, v of some heads can't be computed apart from the others', as `fastseq` does; None where they can."""
+    mixin = next(edit.mixin for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
+    if mixin.all_heads is not None:
+        return mixin.all_heads
+    if all(plain_linear(*(getattr(a, name) for name in mixin.projections)) for a in _attentions(model, family)):
+        return None
+    return "linears here are not torch's own"
 
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:

@@ -30,6 +30,8 @@ MODELS = {2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"), 4: (
 
 
 def methods_of(name: str) -> tuple[str, ...]:
+    if name.startswith("wan"):  # whose q and k are normalised over all heads
+        return ("ulysses", "ring", "usp")
     return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
 
 
