@@ -171,7 +171,11 @@ def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
 
 
 def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return fused.forward_fake(*inputs)
+    return fused.forward_fake(*inputs, None)
+
+
+def _gate_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return gating.forward_fake(x, y, gate, None)
 
 
 class _Launch:
@@ -191,7 +195,7 @@ class _Fake:
     quantize = staticmethod(fp8.quantize_rows_fake)
     gelu8 = staticmethod(fp8.gelu_rows_fake)
     gelu = staticmethod(activation.forward_fake)
-    gate = staticmethod(gating.forward_fake)
+    gate = staticmethod(_gate_fake)
 
 
 class _Forward:

@@ -1,6 +1,6 @@
 """diffusers' `WanTransformer3DModel`, Wan 2.1 and 2.2, matched by its class.
 
-    (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = scale_shift_table + e       in fp32, e [B, 6, D] of all blocks
+    (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = scale_shift_table + e       in fp32; e serves all blocks
     x ← x + gate_a · attn1(LN(x)·(1 + scale_a) + shift_a)
     x ← x + attn2(norm2(x), text)                                                      norm2 with weights, or none
     x ← x + gate_m · ffn(LN(x)·(1 + scale_m) + shift_m)
@@ -92,7 +92,7 @@ class FusedBlock(FusedAdaLN):
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
         """(x + gate·y, its norm, modulated), both in x's dtype."""
-        residual, h = gate_residual_layernorm_modulate(
+        return gate_residual_layernorm_modulate(
             x,
             y,
             gate,
@@ -102,12 +102,12 @@ class FusedBlock(FusedAdaLN):
             bias=norm.bias,
             eps=norm.eps,
             out_dtype=x.dtype,
+            residual_dtype=x.dtype,
             backend=self._kernel("gate_residual_layernorm_modulate"),
         )
-        return residual.to(x.dtype), h
 
     def _summed(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return gate_residual(x, y, gate, backend=self._kernel("gate_residual")).to(x.dtype)
+        return gate_residual(x, y, gate, residual_dtype=x.dtype, backend=self._kernel("gate_residual"))
 
 
 class _Attention:
@@ -164,9 +164,7 @@ class RotatedAttention(_Attention, SpreadAttention):
         if reason is None and encoder_hidden_states is not None:
             reason = "another sequence was given"
         if reason is not None:
-            return self._upstream(
-                reason, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
-            )
+            return self._upstream(reason, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         spread = self._in_parts_of_a_sequence()
         if rotary_emb is not None and spread:
             local, sp = hidden_states.shape[1], self._opendit_sequence.size
@@ -251,7 +249,7 @@ def plan(model: Any, planner: Planner) -> None:
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
     norms = (block.norm1, block.norm2, block.norm3)
     width = block.scale_shift_table.shape[-1]
-    if not all(path(type(norm)) == _NORM or norm is block.norm2 and type(norm) is nn.Identity for norm in norms):
+    if not all(path(type(norm)) == _NORM or (norm is block.norm2 and type(norm) is nn.Identity) for norm in norms):
         planner.keep(name, "its norms are not diffusers' FP32LayerNorm")
         return
 
@@ -314,7 +312,10 @@ def _plan_attention(planner: Planner, name: str, attn: Any, mixin: type[OnPart])
         return make
 
     if mixin is RotatedAttention:
-        what, inputs = "q and k, normalised and rotated, and v go to the chosen attention backend", [alone(5), alone(133)]
+        what, inputs = (
+            "q and k, normalised and rotated, and v go to the chosen attention backend",
+            [alone(5), alone(133)],
+        )
     else:
         what = "q of the tokens and k, v of the text go to the chosen attention backend"
         what += ", and those of the image" if image else ""
