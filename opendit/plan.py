@@ -26,7 +26,7 @@ from opendit.patch.planner import Planner
 from opendit.patch.precision import plan_precision
 from opendit.patch.registry import GENERIC, Alternating, Family, Spread, named, resolve
 from opendit.patch.spread import ComparesModelInputs
-from opendit.patch.spreading import attention_shape, only_whole, plan_spread, put_around
+from opendit.patch.spreading import attention_shape, only_together, only_whole, plan_spread, put_around
 from opendit.stepping import Stepping, in_words
 from opendit.wrapping import device_of
 
@@ -113,8 +113,10 @@ def _spread(
     whole = only_whole(planner, model, family)
     if whole is not None:
         excluded["fastseq"] = f"it computes q, k, v from rows of the weights, but {whole}"
-    if cfg.attention != "auto":
+    why = only_together(planner)
+    if why is None and cfg.attention != "auto":
         why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
+    if why is not None:
         excluded |= {name: why for name, method in methods().items() if method.layout(sp_size, heads) > 1}
     sequence = fastseq_choice.choose(
         cfg.sequence_parallel,

@@ -54,7 +54,7 @@ def run(model: nn.Module, tiny: Tiny, *, train: bool = True, autocast: torch.dty
 
 # Gradients that are zero in exact arithmetic (softmax does not see a constant added to every key), so that
 # only rounding is left of them: they are measured against the gradient of the weight beside them.
-NULL_GRADIENTS = ("to_k.bias", "add_k_proj.bias", "k_norm.bias")
+NULL_GRADIENTS = ("to_k.bias", "add_k_proj.bias", "k_norm.bias", "norm_k.bias")
 
 
 def relative_errors(actual: Results, expected: Results) -> dict[str, float]:

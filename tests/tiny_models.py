@@ -518,6 +518,44 @@ def _wan_inputs(frames: int = 3, height: int = 2, width: int = 6, text: int = 5,
     return inputs
 
 
+def _cogvideox(**options: Any) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 20,
+        "text_embed_dim": 10,
+        "num_layers": 2,
+        "sample_width": 6,
+        "sample_height": 2,
+        "sample_frames": 9,
+        "max_text_seq_length": 5,
+    }
+    return CogVideoXTransformer3DModel(**{**config, **options})
+
+
+def _cogvideox_inputs(frames: int = 3, height: int = 2, width: int = 6, turned: int | None = None, ofs: bool = False):
+    """`turned`: K, for rotary positions; `ofs`: an offset, as the 1.5 model that starts from an image takes it."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, frames, 4, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(2, 5, 10, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {"timestep": torch.tensor([17, 999], device=device), "encoder_hidden_states": text}
+        if turned is not None:
+            tokens = frames * height * width // (8 if ofs else 4)
+            angles = torch.randn(tokens, turned // 2, generator=generator).to(device).repeat_interleave(2, 1)
+            more["image_rotary_emb"] = angles.cos().to(dtype), angles.sin().to(dtype)
+        if ofs:
+            more["ofs"] = torch.tensor([2.0, 3.0], device=device)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -579,6 +617,25 @@ TINY = [
         _sample,
         whole=False,
         slow=True,
+        rounds=True,
+    ),
+    Tiny("cogvideox", "diffusers_cogvideox", _cogvideox, _cogvideox_inputs(), _sample, whole=False, rounds=True),
+    Tiny(
+        "cogvideox-rotary",  # version 1.5: rotary positions, patches of two frames, norms without weights
+        "diffusers_cogvideox",
+        lambda: _cogvideox(
+            num_attention_heads=4,
+            attention_head_dim=12,
+            use_rotary_positional_embeddings=True,
+            patch_size_t=2,
+            ofs_embed_dim=20,
+            patch_bias=False,
+            norm_elementwise_affine=False,
+            attention_bias=False,
+        ),
+        _cogvideox_inputs(6, 2, 6, turned=12, ofs=True),
+        _sample,
+        whole=False,
         rounds=True,
     ),
 ]

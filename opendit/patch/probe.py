@@ -59,8 +59,8 @@ def disagreement(
     """Why `mixin` must not be given to `module`, or None where both compute the same.
 
     Args:
-        inputs: makes the positional arguments for a dtype; float tensors among them get gradients. Several are
-            tried in turn, such as a short and a longer sequence.
+        inputs: makes the positional arguments for a dtype, and after them, in a dict, those by name; float tensors
+            among the positional ones get gradients. Several are tried in turn, such as a short and a longer sequence.
         stand_ins: children to replace in the copy, by name.
         dtype: what to compute in; float32 only for modules that can't run in float64.
         keep_doubles: for a module known to compute in fp32 at least: its own casts to fp32 leave fp64 as it is.
@@ -222,9 +222,10 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, autocast: bool) 
     """Outputs, then the gradients of the inputs and of the parameters."""
     _seed(1)
     args = inputs(dtype)
+    args, named = (args[:-1], args[-1]) if isinstance(args[-1], dict) else (args, {})
     leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = module(*args)
+        output = module(*args, **named)
     outputs = [output] if isinstance(output, torch.Tensor) else list(output)
     cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
     wanted = leaves + list(module.parameters())

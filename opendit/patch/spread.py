@@ -106,6 +106,8 @@ class SpreadAttention(OnPart, Sublayer):
     per_head: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
     # Why q, k, v can't be computed for some heads only, as `fastseq` does; None where they can.
     all_heads: ClassVar[str | None] = None
+    # Why keys can't come in blocks, as `ring` has them; None where they can.
+    all_keys: ClassVar[str | None] = None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, L, H, K] of x [B, L, D]."""
@@ -114,18 +116,25 @@ class SpreadAttention(OnPart, Sublayer):
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
-    def _spread(self, x: Tensor, heads: int, project: Callable[[Tensor], _Heads] | None = None) -> Tensor:
+    def _spread(
+        self,
+        x: Tensor,
+        heads: int,
+        project: Callable[[Tensor], _Heads] | None = None,
+        normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection.
 
-        project: instead of `_project`, where that needs more than x.
+        project, normalise, attend: instead of the mixin's own, where they need more than they are given.
         """
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
             project=project or self._project,
             projection=self.all_heads or _projection(x, tuple(getattr(self, name) for name in self.projections)),
-            normalise=self._normalise,
-            attend=self._attend,
+            normalise=normalise or self._normalise,
+            attend=attend or self._attend,
             pair=_PAIR,
         )
         return methods()[sequence.method].attention(x, layer, sequence)

@@ -88,6 +88,11 @@ def only_whole(planner: Planner, model: nn.Module, family: Family) -> str | None
     return "linears here are not torch's own"
 
 
+def only_together(planner: Planner) -> str | None:
+    """Why a process must have all keys at once, as `ring` has not; None where it need not."""
+    return next(edit.mixin.all_keys for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
+
+
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:
     assert isinstance(family.spread, Spread)
     for _, block in family.blocks_of(model):
@@ -125,7 +130,9 @@ def _width(block: nn.Module) -> int:
 
 
 def _head_dim(attention: Any) -> int:
-    return int(attention.qkv.weight.shape[0]) // (3 * int(attention.num_heads))
+    if hasattr(attention, "qkv"):
+        return int(attention.qkv.weight.shape[0]) // (3 * int(attention.num_heads))
+    return int(attention.to_q.weight.shape[0]) // int(attention.heads)
 
 
 def _token_by_token(module: nn.Module, width: int) -> bool:
