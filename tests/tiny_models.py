@@ -556,6 +556,43 @@ def _cogvideox_inputs(frames: int = 3, height: int = 2, width: int = 6, turned: 
     return inputs
 
 
+def _hunyuan_video(**options: Any) -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "rope_axes_dim": (4, 6, 6),
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 10,
+        "pooled_projection_dim": 7,
+    }
+    return HunyuanVideoTransformer3DModel(**{**config, **options})
+
+
+def _hunyuan_video_inputs(frames: int = 3, height: int = 2, width: int = 6, guided: bool = True):
+    """Text of 5 tokens, of which the samples have 5 and 2."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {
+            "timestep": torch.tensor([17, 999], device=device),
+            "encoder_hidden_states": torch.randn(2, 5, 10, generator=generator).to(device, dtype),
+            "encoder_attention_mask": (torch.arange(5) < torch.tensor([[5], [2]])).long().to(device),
+            "pooled_projections": torch.randn(2, 7, generator=generator).to(device, dtype),
+        }
+        if guided:
+            more["guidance"] = torch.tensor([6000.0, 1000.0], device=device)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -634,6 +671,15 @@ TINY = [
             attention_bias=False,
         ),
         _cogvideox_inputs(6, 2, 6, turned=12, ofs=True),
+        _sample,
+        whole=False,
+        rounds=True,
+    ),
+    Tiny(
+        "hunyuan-video",
+        "diffusers_hunyuan_video",
+        _hunyuan_video,
+        _hunyuan_video_inputs(),
         _sample,
         whole=False,
         rounds=True,

@@ -54,6 +54,23 @@ class FusedAdaLN(Patched):
             backend=self._kernel("layernorm_modulate"),
         )
 
+    def _added(
+        self, x: Tensor, y: Tensor, gate: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x + gate·y, and `_modulated` of that."""
+        return gate_residual_layernorm_modulate(
+            x,
+            y,
+            gate,
+            shift,
+            scale,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            out_dtype=self._sublayer_dtype(x),
+            backend=self._kernel("gate_residual_layernorm_modulate"),
+        )
+
     def _block(
         self, x: Tensor, c: Tensor, ada: Ada, norm_a: nn.LayerNorm, attn: Any, norm_m: nn.LayerNorm, mlp: Any
     ) -> Tensor:
@@ -111,18 +128,7 @@ class FusedAdaLN(Patched):
             y = cross(x)
             # Added with a gate of one, it shares the pass of the norm. In y's dtype: no wider than upstream's sum.
             gate_a = y.new_ones(gate_a.shape)
-        x, h = gate_residual_layernorm_modulate(
-            x,
-            y,
-            gate_a,
-            shift_m,
-            scale_m,
-            weight=norm_m.weight,
-            bias=norm_m.bias,
-            eps=norm_m.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("gate_residual_layernorm_modulate"),
-        )
+        x, h = self._added(x, y, gate_a, norm_m, shift_m, scale_m)
         return gate_residual(x, mlp(h), gate_m, backend=self._kernel("gate_residual"))
 
     def _whole(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opendit.doubles import at_least_float
 from opendit.fastseq.ops import rank_in_sp
 from opendit.fastseq.shards import real, total_length
 
@@ -22,6 +23,13 @@ def rotated(x: Tensor, cos: Tables, sin: Tables) -> Tensor:
     a, b = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([a * cos[0] - b * sin[0], b * cos[1] + a * sin[1]], dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def turned(x: Tensor, tables: Tables) -> Tensor:
+    """x [B, L, H, K] at the positions of two tables [L, K], cosines and sines; computed in fp32 at least."""
+    cos, sin = (table.to(x.device)[None, :, None] for table in tables)
+    out = rotated(at_least_float(x), (cos[..., 0::2], cos[..., 1::2]), (sin[..., 0::2], sin[..., 1::2]))
+    return out.to(x.dtype)
 
 
 def of_part(table: Tensor, dim: int, local: int, sp: int) -> Tensor:

@@ -19,18 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opendit.doubles import at_least_float
 from opendit.fastseq.collectives import gather_heads
 from opendit.fastseq.shards import evenly
 from opendit.kernels.gate_residual import gate_residual
-from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
 from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
+from opendit.patch.joint import JointStandIn, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
-from opendit.patch.probe import Inputs, StandIn, reads_low_precision
+from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
-from opendit.patch.rotary import of_part, rotated
+from opendit.patch.rotary import of_part, turned
 from opendit.patch.spread import SpreadAttention
 
 _HERE = "diffusers.models.transformers.cogvideox_transformer_3d"
@@ -81,26 +80,11 @@ class FusedBlock(FusedAdaLN):
         h, g = self._modulated(x, norm, shift, scale), self._modulated(e, norm, e_shift, e_scale)
         y, z = self.attn1(hidden_states=h, encoder_hidden_states=g, **options)
         shift, scale, gate_m, e_shift, e_scale, e_gate_m = modulation_m.chunk(6, dim=1)
-        x, h = self._added(x, y, gate, shift, scale)
-        e, g = self._added(e, z, e_gate, e_shift, e_scale)
+        x, h = self._added(x, y, gate, self.norm2.norm, shift, scale)
+        e, g = self._added(e, z, e_gate, self.norm2.norm, e_shift, e_scale)
         z, y = self.ff(torch.cat([g, h], dim=1)).split([g.shape[1], h.shape[1]], dim=1)
         backend = self._kernel("gate_residual")
         return gate_residual(x, y, gate_m, backend=backend), gate_residual(e, z, e_gate_m, backend=backend)
-
-    def _added(self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self.norm2.norm
-        return gate_residual_layernorm_modulate(
-            x,
-            y,
-            gate,
-            shift,
-            scale,
-            weight=norm.weight,
-            bias=norm.bias,
-            eps=norm.eps,
-            out_dtype=self._sublayer_dtype(x),
-            backend=self._kernel("gate_residual_layernorm_modulate"),
-        )
 
 
 class FusedBlockInFull(FusedBlock):
@@ -151,7 +135,7 @@ class JointAttention(SpreadAttention):
         q, k, v = self._project(torch.cat([e, x], dim=1))
         q, k = self._normalise(q, k)
         if tables is not None:
-            q, k = (torch.cat([h[:, : e.shape[1]], _turned(h[:, e.shape[1] :], tables)], dim=1) for h in (q, k))
+            q, k = (torch.cat([h[:, : e.shape[1]], turned(h[:, e.shape[1] :], tables)], dim=1) for h in (q, k))
         z, y = self._out(self._attend(q, k, v).flatten(2)).split([e.shape[1], x.shape[1]], dim=1)
         return y, z
 
@@ -171,7 +155,7 @@ class JointAttention(SpreadAttention):
             # A method may do this before tokens are exchanged, or after.
             local, whole = q.shape[1], q.shape[1] == len(tables[0])
             here = tables if whole else tuple(of_part(table, 0, local, line.size) for table in tables)
-            return _turned(q, here), _turned(k, here)
+            return turned(q, here), turned(k, here)
 
         def attend_together(*video: Tensor) -> Tensor:
             joint = [torch.cat([t.to(v.dtype), v], dim=1) for t, v in zip(text, video, strict=True)]
@@ -195,13 +179,6 @@ class JointAttention(SpreadAttention):
         return out
 
 
-def _turned(x: Tensor, tables: Any) -> Tensor:
-    """x [B, L, H, K] at the positions of its tables [L, K], in fp32 at least."""
-    cos, sin = (table.to(x.device)[None, :, None] for table in tables)
-    turned = rotated(at_least_float(x), (cos[..., 0::2], cos[..., 1::2]), (sin[..., 0::2], sin[..., 1::2]))
-    return turned.to(x.dtype)
-
-
 def plan(model: Any, planner: Planner) -> None:
     for i, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{i}"
@@ -219,7 +196,7 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         planner.keep(name, f"its norms are not {_NORM} of torch's LayerNorm")
         return
     width, C = block.norm1.norm.normalized_shape[0], block.norm1.linear.in_features
-    low = planner.once(_reads_low_precision, block.attn1, width) and planner.once(reads_low_precision, block.ff, width)
+    low = read_low_precision(planner, block.attn1, width, block.ff)
 
     def inputs(length: int, text: int) -> Inputs:
         def make(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -235,34 +212,10 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
         "LayerNorm+modulate, gate+residual+LayerNorm+modulate, gate+residual: one pass each, of video and of text",
         [inputs(3, 2), inputs(70, 5)],
         bypassed=(*norms, *(norm.norm for norm in norms)),
-        stand_ins={"attn1": _JointStandIn(width), "ff": StandIn(width)},
+        stand_ins={"attn1": JointStandIn(width), "ff": StandIn(width)},
     )
     if fused:
         planner.keep(name, "in parts, not one function: two sequences with a modulation each")
-
-
-class _JointStandIn(StandIn):
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, **options: object
-    ) -> tuple[Tensor, Tensor]:
-        x, e = hidden_states, encoder_hidden_states
-        y = super().forward(torch.cat([e + x.mean(1, keepdim=True), x + e.mean(1, keepdim=True)], 1), **options)
-        return y[:, e.shape[1] :], y[:, : e.shape[1]]
-
-
-class _OnOne(nn.Module):
-    """A joint attention as a module of one sequence."""
-
-    def __init__(self, attn: nn.Module) -> None:
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self.attn(x[:, 1:], x[:, :1]), dim=1)
-
-
-def _reads_low_precision(attn: nn.Module, width: int) -> bool:
-    return reads_low_precision(_OnOne(attn), width)
 
 
 def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
