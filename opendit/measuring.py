@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opendit.doubles import keeping_doubles
 from opendit.errors import Tensors
 from opendit.everyone import gathered, several
 
@@ -27,6 +28,7 @@ class Task:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None
     ema: Callable[[nn.Module, nn.Module], object] | None
     seed: int
+    keep_doubles: bool = True  # in fp64, the models' own casts to fp32 do nothing
 
     def items(self) -> list[tuple[Any, Any]]:
         return list(self.batch.items()) if isinstance(self.batch, Mapping) else list(enumerate(self.batch))
@@ -191,8 +193,12 @@ def _one_share(
     parameter = next(model.parameters())
     args, kwargs = task.share(index, shares, parameter.dtype)
     device = parameter.device
+    keep = task.keep_doubles and parameter.dtype == torch.float64
     with (
         _random_state_kept(device),
+        keeping_doubles(keep),
+        # What checkpointing computes again must be computed in this thread, whose mode that is.
+        torch.autograd.set_multithreading_enabled(not keep),
         torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
     ):
         set_everywhere(task.seed * shares + index)

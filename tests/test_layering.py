@@ -65,7 +65,8 @@ MAY_IMPORT = {
         "opendit.patch.core",
         "opendit.patch.registry",
     },
-    "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
+    "opendit.measuring": {"opendit.doubles", "opendit.errors", "opendit.everyone", "opendit.fastseq"},
+    "opendit.doubles": set(),
     "opendit.api": {
         "opendit.attaching",
         "opendit.config",
@@ -126,7 +127,7 @@ MAY_IMPORT = {
     "opendit.attention": set(),
     "opendit.fastseq": set(),
     "opendit.kernels": set(),
-    "opendit.patch": set(),
+    "opendit.patch": {"opendit.doubles"},
     "opendit.patch.adaln": {"opendit.attention", "opendit.kernels", "opendit.patch"},
     "opendit.patch.block": {"opendit.attention", "opendit.kernels", "opendit.patch.graphs"},
     "opendit.patch.diffusers_parts": {"opendit.attention", "opendit.kernels", "opendit.patch"},
@@ -134,7 +135,14 @@ MAY_IMPORT = {
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
     "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
-    "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
+    "opendit.patch.rotary": {"opendit.doubles", "opendit.fastseq", "opendit.patch"},
+    "opendit.patch.families": {
+        "opendit.attention",
+        "opendit.doubles",
+        "opendit.fastseq",
+        "opendit.kernels",
+        "opendit.patch",
+    },
 }
 
 # What each part may import from outside the standard library, at the top of its files.

@@ -171,7 +171,7 @@ def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
 
 
 def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return fused.forward_fake(*inputs, None)
+    return fused.forward_fake(*(*inputs, None))
 
 
 def _gate_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ class JointAttention(SpreadAttention):
         q, k = self._normalise(q, k)
         if tables is not None:
             q, k = (torch.cat([h[:, : e.shape[1]], turned(h[:, e.shape[1] :], tables)], dim=1) for h in (q, k))
-        z, y = self._out(self._attend(q, k, v).flatten(2)).split([e.shape[1], x.shape[1]], dim=1)
-        return y, z
+        both = self._out(self._attend(q, k, v).flatten(2))
+        return both[:, e.shape[1] :], both[:, : e.shape[1]]
 
     def _over_processes(self, x: Tensor, e: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Every process attends with its heads: to all tokens of the video, and to the text, which it has whole."""
@@ -154,7 +154,8 @@ class JointAttention(SpreadAttention):
                 return q, k
             # A method may do this before tokens are exchanged, or after.
             local, whole = q.shape[1], q.shape[1] == len(tables[0])
-            here = tables if whole else tuple(of_part(table, 0, local, line.size) for table in tables)
+            cos, sin = tables if whole else (of_part(table, 0, local, line.size) for table in tables)
+            here = cos, sin
             return turned(q, here), turned(k, here)
 
         def attend_together(*video: Tensor) -> Tensor:

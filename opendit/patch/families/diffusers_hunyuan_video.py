@@ -206,7 +206,7 @@ class JointAttention(Patched):
             return out
         q, k, v = self._together(x, e, kwargs.get("image_rotary_emb"))
         y = attend(q, k, v, mask=mask, backend=self._opendit_attention).flatten(2).to(q.dtype)
-        y, z = y.split([x.shape[1], e.shape[1]], dim=1)
+        y, z = y[:, : x.shape[1]], y[:, x.shape[1] :]
         to_out, to_add_out = getattr(self, "to_out", None), getattr(self, "to_add_out", None)
         if to_out is not None:
             y = to_out[1](to_out[0](y))

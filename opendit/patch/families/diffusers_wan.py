@@ -80,15 +80,15 @@ class FusedBlock(FusedAdaLN):
         y = self.attn1(h, None, None, rotary)
         if isinstance(self.norm2, nn.LayerNorm):
             none = torch.zeros_like(gate_a)
-            x, h = self._added(x, y, gate_a, none, none, self.norm2)
+            x, h = self._normed(x, y, gate_a, none, none, self.norm2)
         else:
             x = h = self._summed(x, y, gate_a)
         y = self.attn2(h, text, None, None)
         # Added with a gate of one, it shares the pass of the norm.
-        x, h = self._added(x, y, y.new_ones(gate_m.shape), shift_m, scale_m, self.norm3)
+        x, h = self._normed(x, y, y.new_ones(gate_m.shape), shift_m, scale_m, self.norm3)
         return self._summed(x, self.ffn(h), gate_m)
 
-    def _added(
+    def _normed(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
         """(x + gate·y, its norm, modulated), both in x's dtype."""
@@ -137,7 +137,7 @@ class _Attention:
         return None
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.unflatten(-1, (self.heads, -1))  # type: ignore[no-untyped-call]
 
     def _out(self, x: Tensor) -> Tensor:
         out: Tensor = self.to_out[1](self.to_out[0](x.flatten(2)))
