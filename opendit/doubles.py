@@ -1,9 +1,9 @@
 """Checks in fp64 of models that compute in fp32 whatever they are given.
 
 Some forwards write `x.float()` or `x.to(torch.float32)` around a norm or a rotation, so that bf16 weights do not lower
-it. Given fp64 they round to fp32, and nothing can be compared beyond seven digits. Under `keeping_doubles()` an fp64
-tensor that is cast so is that tensor: the formula is the same, without the rounding. For comparisons only; it is a mode
-of this thread, no patch.
+it. Given fp64 they round to fp32, and nothing can be compared beyond seven digits. Under `keeping_doubles()` such a cast
+of fp64 gives fp64: the formula is the same, without the rounding, in the forward and in what checkpointing computes
+again. For comparisons only; it is a mode of this thread, no patch, and torch.compile can't trace through it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Keeping(TorchFunctionMode):
-    def __torch_function__(
+class _Keeping(TorchDispatchMode):
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        lowers = func is Tensor.float or (func is Tensor.to and torch.float32 in args[1:])
-        if lowers and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        if cast and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def keeping_doubles(enabled: bool = True) -> AbstractContextManager[Any]:

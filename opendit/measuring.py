@@ -193,12 +193,9 @@ def _one_share(
     parameter = next(model.parameters())
     args, kwargs = task.share(index, shares, parameter.dtype)
     device = parameter.device
-    keep = task.keep_doubles and parameter.dtype == torch.float64
     with (
         _random_state_kept(device),
-        keeping_doubles(keep),
-        # What checkpointing computes again must be computed in this thread, whose mode that is.
-        torch.autograd.set_multithreading_enabled(not keep),
+        keeping_doubles(task.keep_doubles and parameter.dtype == torch.float64),
         torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
     ):
         set_everywhere(task.seed * shares + index)

@@ -12,8 +12,18 @@ from torch import nn
 
 import opendit
 from opendit.patch.core import Patched
-from tests.comparing import Results, build, run, twin, worst
-from tests.tiny_models import TINY, Tiny, _diffusers_dit, _diffusers_latte, _pixart, randomise
+from tests.comparing import Results, build, exactly, run, twin, worst
+from tests.tiny_models import (
+    TINY,
+    Tiny,
+    _cogvideox,
+    _diffusers_dit,
+    _diffusers_latte,
+    _hunyuan_video,
+    _pixart,
+    _wan,
+    randomise,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -93,11 +103,40 @@ def _latte_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
     return pipe, {**_text(), **more}
 
 
+def _flow() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def _wan_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.WanPipeline(None, None, None, _flow(), transformer=transformer)
+    return pipe, {**_text(), "negative_prompt": None, "height": 32, "width": 48, "num_frames": 9}
+
+
+def _cogvideox_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.CogVideoXPipeline(None, None, None, transformer, diffusers.CogVideoXDDIMScheduler())
+    return pipe, {**_text(), "height": 16, "width": 48, "num_frames": 9}
+
+
+def _hunyuan_video_pipeline(transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.HunyuanVideoPipeline(None, None, transformer, None, _flow(), None, None)
+    text = {"prompt_embeds": _text()["prompt_embeds"], "pooled_prompt_embeds": torch.ones(2, 7)}
+    return pipe, {
+        **text,
+        "prompt_attention_mask": _masks()["prompt_attention_mask"],
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+    }
+
+
 PIPELINES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, dict[str, Any]]]]] = {
     "dit": (lambda: _diffusers_dit(num_embeds_ada_norm=1000), _dit_pipeline),  # whose pipeline takes 1000 for no class
     "pixart-alpha": (_pixart, _alpha),
     "pixart-sigma": (_pixart, _sigma),
     "latte": (_diffusers_latte, _latte_pipeline),
+    "wan": (_wan, _wan_pipeline),
+    "cogvideox": (_cogvideox, _cogvideox_pipeline),
+    "hunyuan-video": (_hunyuan_video, _hunyuan_video_pipeline),
 }
 
 
@@ -190,7 +229,7 @@ def test_lora(tiny: Tiny, order: str, tmp_path):
     close(run(loaded, tiny), expected)
 
     merged = adapted(twin(model)).merge_and_unload()
-    with torch.no_grad():
+    with torch.no_grad(), exactly(tiny):
         (x,), more = tiny.inputs(F64, torch.device("cpu"))
         wanted = merged.eval()(x, **more).sample
         fast = fast.merge_and_unload()
