@@ -1,8 +1,8 @@
 """Checks in fp64 of models that compute in fp32 whatever they are given.
 
 Some forwards write `x.float()` or `x.to(torch.float32)` around a norm or a rotation, so that bf16 weights do not lower
-it. Given fp64 they round to fp32, and nothing can be compared beyond seven digits. Under `keeping_doubles()` such a cast
-of fp64 gives fp64: the formula is the same, without the rounding, in the forward and in what checkpointing computes
+it. Given fp64 they round to fp32, and nothing can be compared beyond seven digits. Under `keeping_doubles()` a cast of
+fp64 to fp32 gives fp64: the formula is the same, without the rounding, in forwards and in what checkpointing computes
 again. For comparisons only; it is a mode of this thread, no patch, and torch.compile can't trace through it.
 """
 
