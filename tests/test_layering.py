@@ -135,6 +135,7 @@ MAY_IMPORT = {
     "opendit.patch.norms": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
     "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
+    "opendit.patch.joint": {"opendit.fastseq", "opendit.patch"},
     "opendit.patch.rotary": {"opendit.doubles", "opendit.fastseq", "opendit.patch"},
     "opendit.patch.families": {
         "opendit.attention",

@@ -44,8 +44,9 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
         for cross in (f"{fqn}.{name}" for name in spread.cross if getattr(block, name, None) is not None):
             if cross not in edits or not issubclass(edits[cross].mixin, OnPart):
                 raise cannot(cross, f"it is left to upstream ({kept.get(cross)}), so it may mix tokens")
-        mlp = f"{fqn}.{spread.mlp}"
-        if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
+        mlp, width = f"{fqn}.{spread.mlp}", _width(block.get_submodule(spread.attention))
+        inside: Any = getattr(block, spread.mlp, None)  # single-stream blocks have its linears in themselves
+        if mlp not in edits and inside is not None and not planner.once(_token_by_token, inside, width):
             raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
     put_around(planner, blocks[0][0], SplitTokens, "gets its process's part of the tokens")
     plan_gather(planner, model, spread.gather)

@@ -25,7 +25,7 @@ MICROS = (1, 2)
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
 # Every layout for those whose attention or way is of a kind of its own; for others those that the layouts are made of.
 ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img")
-OF_VIDEOS = ("wan", "cogvideox", "cogvideox-rotary")
+OF_VIDEOS = ("wan", "cogvideox", "cogvideox-rotary", "hunyuan-video")
 SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
 MODELS = {
     2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img", "cogvideox-rotary"),
@@ -36,7 +36,7 @@ MODELS = {
 def methods_of(name: str) -> tuple[str, ...]:
     if name.startswith("wan"):  # whose q and k are normalised over all heads
         return ("ulysses", "ring", "usp")
-    if name.startswith("cogvideox"):  # whose text attends too, to all keys; three heads would make usp a ring
+    if name.startswith(("cogvideox", "hunyuan")):  # whose text attends too, to all keys; usp of 3 heads is a ring
         return (*METHODS[:3], *(("usp", *REGATHER) if name == "cogvideox-rotary" else ()))
     return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
 
@@ -99,7 +99,7 @@ def every_case(world: int) -> dict[str, Any]:
 
 
 def _every_method(world: int, name: str, sp: int) -> dict[str, tuple[float, float, str]]:
-    methods = methods_of(name) if name.startswith(("latte", "wan", "cogvideox")) else METHODS + REGATHER
+    methods = methods_of(name) if name.startswith(("latte", "wan", "cogvideox", "hunyuan")) else METHODS + REGATHER
     found = {}
     for method in methods:
         for how, errors in _case(world, name, str(sp), method, every=True).items():

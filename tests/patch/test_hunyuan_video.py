@@ -44,15 +44,15 @@ def test_a_first_frame_that_is_replaced_keeps_its_blocks():
         assert f"  {blocks}.{{0-1}}.attn (2): q, k, v of video and text together" in said
 
 
-def test_sequences_are_not_spread():
+def test_a_first_frame_that_is_replaced_cannot_be_spread():
     from opendit.patch.planner import Planner
     from opendit.patch.registry import resolve
     from opendit.patch.spreading import plan_spread
 
-    model = _hunyuan_video()
+    model = _hunyuan_video(image_condition_type="token_replace")
     family, planner = resolve(model), Planner()
     family.plan(model, planner)
-    with pytest.raises(NotImplementedError, match=r"sp_size: .*diffusers_hunyuan_video"):
+    with pytest.raises(ValueError, match=r"sp_size: .*transformer_blocks\.0.*the first frame's tokens have a modulation"):
         plan_spread(planner, model, family)
 
 

@@ -14,23 +14,21 @@ dim. Over several processes the video's tokens are spread; every process has the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opendit.fastseq.collectives import gather_heads
-from opendit.fastseq.shards import evenly
 from opendit.kernels.gate_residual import gate_residual
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
 from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
-from opendit.patch.joint import JointStandIn, read_low_precision
+from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
-from opendit.patch.rotary import of_part, turned
-from opendit.patch.spread import SpreadAttention
+from opendit.patch.rotary import turned
 
 _HERE = "diffusers.models.transformers.cogvideox_transformer_3d"
 _MODEL, _BLOCK = f"{_HERE}.CogVideoXTransformer3DModel", f"{_HERE}.CogVideoXBlock"
@@ -93,20 +91,11 @@ class FusedBlockInFull(FusedBlock):
     casts_for_linear = False
 
 
-class JointAttention(SpreadAttention):
+class JointAttention(SpreadJointAttention):
     """diffusers' Attention of text and video together, as CogVideoX's processor computes it, q, k, v dispatched."""
 
     uses = ("attention",)
-    projections = ("to_q", "to_k", "to_v")
-    per_head = ("norm_q", "norm_k")
-    all_keys = "the text's tokens are keys too, which every process of a ring would add again"
-    heads: int
     processor: object
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    norm_q: nn.Module | None
-    norm_k: nn.Module | None
     to_out: nn.ModuleList
 
     def forward(
@@ -131,7 +120,9 @@ class JointAttention(SpreadAttention):
             out: tuple[Tensor, Tensor] = self._upstream(reason or "", x, e, attention_mask, **kwargs)
             return out
         if self._in_parts_of_a_sequence():
-            return self._over_processes(x, e, tables)
+            q, k, v = self._project(e)
+            y, z = self._spread_jointly(x, (*self._normalise(q, k), v), tables, self._together)
+            return self._out(y), self._out(z)
         q, k, v = self._project(torch.cat([e, x], dim=1))
         q, k = self._normalise(q, k)
         if tables is not None:
@@ -139,41 +130,10 @@ class JointAttention(SpreadAttention):
         both = self._out(self._attend(q, k, v).flatten(2))
         return both[:, e.shape[1] :], both[:, : e.shape[1]]
 
-    def _over_processes(self, x: Tensor, e: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Every process attends with its heads: to all tokens of the video, and to the text, which it has whole."""
-        line = self._opendit_sequence.line("sp")
-        heads, n = evenly(self.heads, line.size), e.shape[1]
-        first = sum(heads[: line.rank])
-        q, k, v = self._project(e)
-        text = [h[:, :, first : first + heads[line.rank]] for h in (*self._normalise(q, k), v)]
-        text_out: list[Tensor] = []
-
-        def normalise(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            q, k = self._normalise(q, k)
-            if tables is None:
-                return q, k
-            # A method may do this before tokens are exchanged, or after.
-            local, whole = q.shape[1], q.shape[1] == len(tables[0])
-            cos, sin = tables if whole else (of_part(table, 0, local, line.size) for table in tables)
-            here = cos, sin
-            return turned(q, here), turned(k, here)
-
-        def attend_together(*video: Tensor) -> Tensor:
-            joint = [torch.cat([t.to(v.dtype), v], dim=1) for t, v in zip(text, video, strict=True)]
-            out = self._attend(*joint)
-            text_out.append(out[:, :n])
-            return out[:, n:]
-
-        y = self._spread(x, self.heads, normalise=normalise, attend=attend_together)
-        (z,) = text_out
-        return self._out(y), self._out(gather_heads(z, self.heads, line).flatten(2))
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.to_q, self.to_k, self.to_v))
-        return q, k, v
-
-    def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q if self.norm_q is None else self.norm_q(q), k if self.norm_k is None else self.norm_k(k)
+    def _together(self, video: Sequence[Tensor], text: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, video, strict=True))
+        both, n = self._attend(q, k, v), text[0].shape[1]
+        return both[:, n:], both[:, :n]
 
     def _out(self, x: Tensor) -> Tensor:
         out: Tensor = self.to_out[1](self.to_out[0](x))

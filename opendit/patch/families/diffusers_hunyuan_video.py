@@ -15,10 +15,12 @@ Single ones see both as one sequence u = [x, e], with attention and MLP beside e
 
 Shapes: x [B, L, D], e [B, Lt, D], c [B, D], mask [B, 1, 1, L + Lt], true where there is a token. B batch, L tokens of
 the video, Lt of the text, D hidden, H heads, K head dim. What refines the text before the blocks is small and stays.
+Over several processes the video's tokens are spread; every process has the whole text (`opendit/patch/joint.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +30,12 @@ from opendit.attention import attend
 from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gelu import gelu
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
-from opendit.patch.core import Patched, autocast_dtype, hooked, untouched
+from opendit.patch.core import autocast_dtype, hooked, untouched
 from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
-from opendit.patch.joint import JointStandIn, read_low_precision
+from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
-from opendit.patch.registry import Family, Trait
+from opendit.patch.registry import Family, Spread, Trait
 from opendit.patch.rotary import turned
 
 _HERE = "diffusers.models.transformers.transformer_hunyuan_video"
@@ -166,20 +168,14 @@ class FusedSingleBlockInFull(FusedSingleBlock):
     casts_for_linear = False
 
 
-class JointAttention(Patched):
+class JointAttention(SpreadJointAttention):
     """diffusers' Attention of video and text together, as HunyuanVideo's processor computes it, q, k, v dispatched.
 
     In double blocks the text has projections and norms of its own; in single blocks it shares the video's.
     """
 
     uses = ("attention",)
-    heads: int
     processor: Any
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    norm_q: nn.Module | None
-    norm_k: nn.Module | None
     add_q_proj: nn.Module | None
 
     def forward(
@@ -204,33 +200,39 @@ class JointAttention(Patched):
         if reason is not None or e is None:
             out: tuple[Tensor, Tensor] = self._upstream(reason or "", x, e, mask, **kwargs)
             return out
-        q, k, v = self._together(x, e, kwargs.get("image_rotary_emb"))
-        y = attend(q, k, v, mask=mask, backend=self._opendit_attention).flatten(2).to(q.dtype)
-        y, z = y[:, : x.shape[1]], y[:, x.shape[1] :]
+        tables = kwargs.get("image_rotary_emb")
+
+        def together(video: Sequence[Tensor], text: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
+            both = attend(q, k, v, mask=mask, backend=self._opendit_attention).to(q.dtype)
+            return both[:, : video[0].shape[1]], both[:, video[0].shape[1] :]
+
+        text = self._of_text(e)
+        if self._in_parts_of_a_sequence():
+            y, z = self._spread_jointly(x, text, tables, together)
+        else:
+            q, k, v = self._project(x)
+            q, k = self._normalise(q, k)
+            q, k = (q, k) if tables is None else (turned(q, tables), turned(k, tables))
+            y, z = (h.flatten(2) for h in together((q, k, v), text))
         to_out, to_add_out = getattr(self, "to_out", None), getattr(self, "to_add_out", None)
         if to_out is not None:
             y = to_out[1](to_out[0](y))
         return y, z if to_add_out is None else to_add_out(z)
 
-    def _together(self, x: Tensor, e: Tensor, tables: Any) -> tuple[Tensor, ...]:
-        """q, k, v [B, L + Lt, H, K] of both sequences; the video's q and k are at their positions."""
-        own = self.add_q_proj is not None
-        linears, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
-        heads = self._heads(x if own else torch.cat([x, e], dim=1), linears, norms)
-        if not own:
-            L = x.shape[1]
-            return *(
-                h if tables is None else torch.cat([turned(h[:, :L], tables), h[:, L:]], 1) for h in heads[:2]
-            ), heads[2]
-        video = heads if tables is None else (*(turned(h, tables) for h in heads[:2]), heads[2])
+    def _of_text(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, Lt, H, K] of the text, normalised."""
+        if self.add_q_proj is None:
+            q, k, v = self._project(e)
+            return (*self._normalise(q, k), v)
         added: Any = self
-        linears = (added.add_q_proj, added.add_k_proj, added.add_v_proj)
-        text = self._heads(e, linears, (added.norm_added_q, added.norm_added_k))
-        return tuple(torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
-
-    def _heads(self, x: Tensor, linears: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...]) -> list[Tensor]:
-        heads = [linear(x).unflatten(-1, (self.heads, -1)) for linear in linears]
-        return [h if norm is None else norm(h) for h, norm in zip(heads, (*norms, None), strict=True)]
+        linears, norms = (
+            (added.add_q_proj, added.add_k_proj, added.add_v_proj),
+            (added.norm_added_q, added.norm_added_k),
+        )
+        q, k, v = (linear(e).unflatten(-1, (self.heads, -1)) for linear in linears)
+        q, k = (h if norm is None else norm(h) for h, norm in zip((q, k), norms, strict=True))
+        return q, k, v
 
 
 def _two_sequences(x: Tensor, e: Tensor, c: Tensor) -> bool:
@@ -346,4 +348,5 @@ FAMILY = Family(
     ),
     plan=plan,
     blocks=_LISTS,
+    spread=Spread(gather="proj_out", attention="attn", mlp="ff"),
 )
