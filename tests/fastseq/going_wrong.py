@@ -13,13 +13,16 @@ from torch import nn
 import opendit
 from opendit.fastseq import collectives, fastseq, ops, project, ring, ulysses
 from opendit.fastseq.ops import Line
+from opendit.patch import joint
 from opendit.patch.core import notes
+from opendit.patch.families import diffusers_wan
 from tests.comparing import build, twin
 from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
 from tests.tiny_models import TINY
 
-_TINY = next(t for t in TINY if t.name == "dit")
+_BY_NAME = {t.name: t for t in TINY}
+_TINY = _BY_NAME["dit"]
 
 
 @contextlib.contextmanager
@@ -41,13 +44,14 @@ def cases(world: int) -> dict[str, Any]:
 METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring")
 
 
-def _mutant(world: int, method: str, mistake: Callable[[], Any]) -> float:
+def _mutant(world: int, method: str, mistake: Callable[[], Any], name: str = "dit") -> float:
     """The worst relative error of a gradient with the mistake in place; two processes share a sequence."""
-    plain = build(_TINY, torch.float64)
+    tiny = _BY_NAME[name]
+    plain = build(tiny, torch.float64)
     with mistake():
         model = spread(twin(plain), method, 2)
-        found = parity.together(model, _TINY, 1)
-        return parity.errors(found, parity.alone(plain, _TINY, world // 2, 1))[1]
+        found = parity.together(model, tiny, 1)
+        return parity.errors(found, parity.alone(plain, tiny, world // 2, 1))[1]
 
 
 def _rescaled(function: type, factor: float) -> Callable[[], Any]:
@@ -104,7 +108,24 @@ def _sum_not_passed_on() -> Any:
     return planted(project, "_backward_overlapped", wrong)
 
 
-MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
+def _own_share_only() -> Any:
+    def wrong(ctx: Any, dwhole: torch.Tensor) -> tuple[Any, ...]:
+        return dwhole.split(ctx.heads, 2)[ctx.line.rank], None, None
+
+    return planted(collectives._GatherHeads, "backward", staticmethod(wrong))
+
+
+def _texts_heads_turned() -> Any:
+    original = joint.gather_heads
+    return planted(joint, "gather_heads", lambda x, heads, line: original(x, heads, line).roll(1, 2))
+
+
+def _someone_elses_positions(module: Any) -> Callable[[], Any]:
+    original = module.of_part
+    return lambda: planted(module, "of_part", lambda table, dim, *where: original(table.roll(1, dim), dim, *where))
+
+
+MUTANTS: dict[str, tuple[Any, ...]] = {
     "gather's scale dropped": ("fastseq", _rescaled(collectives._Gather, 1 / 2)),
     "split's scale dropped": ("ulysses", _rescaled(collectives._Split, 2.0)),
     "another group": ("fastseq", _other_group),
@@ -115,6 +136,10 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "merged without weights": ("ring", _averaged_without_weights),
     "dk and dv not sent home": ("ring", _not_sent_home),
     "dx not passed on": ("fastseq-overlapped", _sum_not_passed_on),
+    "text's gradients not summed": ("ulysses", _own_share_only, "cogvideox-rotary"),
+    "text's heads in another order": ("fastseq", _texts_heads_turned, "hunyuan-video"),
+    "positions of other tokens, alone": ("ulysses", _someone_elses_positions(diffusers_wan), "wan"),
+    "positions of other tokens, beside a text": ("ulysses", _someone_elses_positions(joint), "cogvideox-rotary"),
 }
 
 

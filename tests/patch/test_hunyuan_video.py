@@ -52,7 +52,9 @@ def test_a_first_frame_that_is_replaced_cannot_be_spread():
     model = _hunyuan_video(image_condition_type="token_replace")
     family, planner = resolve(model), Planner()
     family.plan(model, planner)
-    with pytest.raises(ValueError, match=r"sp_size: .*transformer_blocks\.0.*the first frame's tokens have a modulation"):
+    with pytest.raises(
+        ValueError, match=r"sp_size: .*transformer_blocks\.0.*the first frame's tokens have a modulation"
+    ):
         plan_spread(planner, model, family)
 
 
