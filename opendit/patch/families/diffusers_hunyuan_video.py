@@ -329,7 +329,7 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
 
         return make
 
-    planner.offer(
+    dispatched = planner.offer(
         name,
         attn,
         JointAttention,
@@ -337,6 +337,8 @@ def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
         [inputs(5, 3, True), inputs(130, 4, False)],
         keep_doubles=True,
     )
+    if dispatched:
+        planner.keep(name, "its norms and rotation run as torch's operations; under torch.compile they are fused")
 
 
 FAMILY = Family(

@@ -320,7 +320,9 @@ def _plan_attention(planner: Planner, name: str, attn: Any, mixin: type[OnPart])
         what = "q of the tokens and k, v of the text go to the chosen attention backend"
         what += ", and those of the image" if image else ""
         inputs = [with_text(5, _TEXT + 3)] if image else [with_text(5, 3), with_text(3, 70), with_text(133, 4)]
-    planner.offer(name, attn, mixin, what, inputs)
+    if planner.offer(name, attn, mixin, what, inputs):
+        steps = "norms and rotation" if mixin is RotatedAttention else "norms"
+        planner.keep(name, f"its {steps} run as torch's operations; under torch.compile they are fused")
 
 
 FAMILY = Family(
