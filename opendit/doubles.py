@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Keeping(TorchDispatchMode):
+class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -30,7 +30,7 @@ class _Keeping(TorchDispatchMode):
 
 def keeping_doubles(enabled: bool = True) -> AbstractContextManager[Any]:
     """A context in which casts to fp32 leave fp64 as it is."""
-    return _Keeping() if enabled else nullcontext()
+    return _Keeping() if enabled else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def at_least_float(x: Tensor) -> Tensor:

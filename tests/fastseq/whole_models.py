@@ -25,11 +25,16 @@ MICROS = (1, 2)
 FIRST = tuple({t.family: t.name for t in reversed(TINY) if families()[t.family].spread is not None}.values())
 # Every layout for those whose attention or way is of a kind of its own; for others those that the layouts are made of.
 ALL_WAYS = ("dit", "dit-qk-norm", "sit-odd", "diffusers", "latte", "latte-text", "latte-img")
-OF_VIDEOS = ("wan", "cogvideox", "cogvideox-rotary", "hunyuan-video")
 SOME_WAYS = {2: ((2, "fastseq"), (2, "usp")), 4: ((4, "fastseq"), (4, "usp"), (2, "ulysses"))}
 MODELS = {
-    2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img", "cogvideox-rotary"),
+    2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"),
     4: (*FIRST, "latte-img"),
+}
+# diffusers' models of videos: two ways each on two processes and on four, rotated and not, of three heads and of four.
+WITH_TEXT = ("wan", "cogvideox", "hunyuan-video")
+VIDEOS = {
+    2: ["wan/2/ulysses", "wan/2/usp", "cogvideox/2/fastseq", "cogvideox-rotary/2/ulysses", "hunyuan-video/2/fastseq"],
+    4: ["wan/4/ulysses", "wan/4/usp", "cogvideox/4/fastseq", "cogvideox-rotary/4/usp", "hunyuan-video/4/ulysses"],
 }
 
 
@@ -47,12 +52,12 @@ def sizes(world: int) -> list[int]:
 
 def names(world: int) -> list[str]:
     found = [(name, sp, m) for name in MODELS[world] for sp in sizes(world) for m in methods_of(name)]
-    some = (*SOME_WAYS[world], (world, "ulysses"))
-    return [
+    chosen = [
         "/".join(map(str, c))
         for c in found
-        if c[0] in ALL_WAYS or c[1:] in (some if c[0] in OF_VIDEOS else SOME_WAYS[world])
+        if c[0] in ALL_WAYS or (c[1:] in SOME_WAYS[world] and not c[0].startswith(WITH_TEXT))
     ]
+    return chosen + VIDEOS[world]
 
 
 def cases(world: int) -> dict[str, Any]:

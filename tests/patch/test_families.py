@@ -25,6 +25,17 @@ first_of_each_family = pytest.mark.parametrize(
 )
 
 
+# Of diffusers' models of videos, one that is compiled in every way is enough for the default run.
+_COMPILED_ONCE = ("cogvideox", "hunyuan-video")
+compiled_in_every_way = pytest.mark.parametrize(
+    "tiny",
+    [
+        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.name in _COMPILED_ONCE else [])
+        for t in {t.family: t for t in reversed(TINY)}.values()
+    ],
+)
+
+
 def accelerated(model: nn.Module, **cfg) -> nn.Module:
     return opendit.accelerate(twin(model), cfg)
 
@@ -217,7 +228,7 @@ def test_compile_after(tiny: Tiny):
     assert error <= 1e-5, name
 
 
-@first_of_each_family
+@compiled_in_every_way
 def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     model = build(tiny)
     expected = run(model, tiny)
@@ -226,7 +237,7 @@ def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     assert error <= 1e-5, name
 
 
-@first_of_each_family
+@compiled_in_every_way
 def test_compile_before(tiny: Tiny):
     graphs = []
 
@@ -251,7 +262,7 @@ def strip_prefix(results):
     return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
 
 
-@first_of_each_family
+@compiled_in_every_way
 def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
     calls = []
     original = nn.Module.compile
