@@ -8,7 +8,7 @@ again. For comparisons only; it is a mode of this thread, no patch, and torch.co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func.overloadpacket is torch.ops.aten.to:  # in inference mode, where it has not been taken apart yet
+            with self:
+                return func.decompose(*args, **kwargs)
         cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
         if cast and kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64

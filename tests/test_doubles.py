@@ -28,6 +28,13 @@ def test_casts_of_doubles_are_left_out():
         assert x.float().dtype == torch.float32
 
 
+def test_in_inference_too():
+    with torch.inference_mode(), keeping_doubles():
+        x = torch.randn(7, dtype=torch.float64)
+        assert x.float().dtype == x.to(torch.float32).dtype == torch.float64
+        assert x.half().float().dtype == torch.float32
+
+
 def test_what_checkpointing_computes_again_too():
     x = torch.randn(7, dtype=torch.float64, requires_grad=True)
     for reentrant in (False, True):
