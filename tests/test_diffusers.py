@@ -30,9 +30,9 @@ diffusers = pytest.importorskip("diffusers")
 F64 = torch.float64
 FIRST = {t.family: t for t in reversed(TINY) if t.family.startswith("diffusers_")}
 each_model = pytest.mark.parametrize(
-    "tiny",  # Latte's blocks are PixArt's
+    "tiny",  # Latte's blocks are PixArt's; HunyuanVideo's use the same parts as CogVideoX's
     [
-        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.family == "diffusers_latte" else [])
+        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.name in ("diffusers-latte", "hunyuan-video") else [])
         for t in FIRST.values()
     ],
 )

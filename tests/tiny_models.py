@@ -673,6 +673,7 @@ TINY = [
         _cogvideox_inputs(6, 2, 6, turned=12, ofs=True),
         _sample,
         whole=False,
+        slow=True,
         rounds=True,
     ),
     Tiny(

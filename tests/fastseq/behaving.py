@@ -21,7 +21,8 @@ from tests.fastseq import parity
 from tests.fastseq.whole_models import FIRST, spread
 from tests.tiny_models import TINY, UserDiT, randomise
 
-NAMES = FIRST
+# Of diffusers' models of videos, one that others say nothing about is enough: its attention has a text beside it.
+NAMES = tuple(name for name in FIRST if name not in ("wan", "hunyuan-video"))
 tiny_of = {t.name: t for t in TINY if t.name in NAMES}
 
 
@@ -60,8 +61,6 @@ def name_of(method: str) -> str:
 
 
 def method_of(name: str, method: str) -> str:
-    if name == "wan" and method == "fastseq":  # whose q and k are normalised over all heads
-        return "ulysses"
     return "switch" if name == "latte" else method
 
 

@@ -30,11 +30,11 @@ MODELS = {
     2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img"),
     4: (*FIRST, "latte-img"),
 }
-# diffusers' models of videos: two ways each on two processes and on four, rotated and not, of three heads and of four.
+# diffusers' models of videos: a way or two each, rotated and not, of three heads and of four.
 WITH_TEXT = ("wan", "cogvideox", "hunyuan-video")
 VIDEOS = {
-    2: ["wan/2/ulysses", "wan/2/usp", "cogvideox/2/fastseq", "cogvideox-rotary/2/ulysses", "hunyuan-video/2/fastseq"],
-    4: ["wan/4/ulysses", "wan/4/usp", "cogvideox/4/fastseq", "cogvideox-rotary/4/usp", "hunyuan-video/4/ulysses"],
+    2: ["wan/2/ulysses", "cogvideox-rotary/2/ulysses", "hunyuan-video/2/fastseq"],
+    4: ["wan/4/usp", "cogvideox/4/fastseq"],
 }
 
 

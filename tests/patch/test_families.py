@@ -25,15 +25,16 @@ first_of_each_family = pytest.mark.parametrize(
 )
 
 
-# Of diffusers' models of videos, one that is compiled in every way is enough for the default run.
-_COMPILED_ONCE = ("cogvideox", "hunyuan-video")
-compiled_in_every_way = pytest.mark.parametrize(
-    "tiny",
-    [
-        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.name in _COMPILED_ONCE else [])
-        for t in {t.family: t for t in reversed(TINY)}.values()
-    ],
-)
+def _first_but(*slow: str):
+    firsts = {t.family: t for t in reversed(TINY)}.values()
+    return pytest.mark.parametrize(
+        "tiny", [pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.name in slow else []) for t in firsts]
+    )
+
+
+# Of diffusers' models of videos, one that is compiled in two ways is enough for the default run.
+compiled_ones = _first_but("cogvideox", "hunyuan-video")
+compiled_otherwise = _first_but("cogvideox", "hunyuan-video", "wan")
 
 
 def accelerated(model: nn.Module, **cfg) -> nn.Module:
@@ -219,7 +220,7 @@ def test_gradient_checkpointing_of_the_blocks(tiny: Tiny):
     assert relative_errors(run(checkpointed, tiny), expected) == dict.fromkeys(expected, 0.0)
 
 
-@first_of_each_family
+@compiled_ones
 def test_compile_after(tiny: Tiny):
     model = build(tiny)
     expected = run(model, tiny)
@@ -228,7 +229,7 @@ def test_compile_after(tiny: Tiny):
     assert error <= 1e-5, name
 
 
-@compiled_in_every_way
+@compiled_otherwise
 def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     model = build(tiny)
     expected = run(model, tiny)
@@ -237,7 +238,7 @@ def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     assert error <= 1e-5, name
 
 
-@compiled_in_every_way
+@compiled_otherwise
 def test_compile_before(tiny: Tiny):
     graphs = []
 
@@ -262,7 +263,7 @@ def strip_prefix(results):
     return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
 
 
-@compiled_in_every_way
+@compiled_ones
 def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
     calls = []
     original = nn.Module.compile

@@ -675,10 +675,11 @@ def test_they_are_many():
 
 
 def _params():
-    """Of diffusers' Latte, whose blocks are PixArt's, only what is its own is in the default run."""
-    shared = {m.make for m in MISSES if m.base == "pixart"}
+    """Of diffusers' Latte, whose blocks are PixArt's, only what is its own is in the default run; likewise of videos."""
+    shared = {base: {m.make for m in MISSES if m.base == base} for base in ("pixart", "wan")}
+    first = {"diffusers-latte": "pixart", "cogvideox": "wan", "hunyuan-video": "wan"}
     for m in MISSES:
-        again = m.base == "diffusers-latte" and m.make in shared
+        again = m.base in first and m.make in shared[first[m.base]]
         yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again else [])
 
 
