@@ -372,6 +372,10 @@ def refusals(world: int) -> dict[str, str]:
     tried("latte's rows", lambda: opendit.accelerate(_mixing_rows(), sp_size=world))
     tried("latte's dropout", lambda: opendit.accelerate(_dropping(), sp_size=world))
     tried("latte's tokens", lambda: _with_other_positions(world))
+    for name, method in (("wan", "fastseq"), ("cogvideox", "ring"), ("cogvideox", "usp")):
+        of_videos = build(next(t for t in TINY if t.name == name))
+        named = {"sequence_parallel": method}
+        tried(f"{name} {method}", lambda model=of_videos, named=named: opendit.accelerate(model, named, sp_size=world))
     tiny = tiny_of["dit"]
     tried("divisor", lambda: opendit.accelerate(build(tiny), sp_size=world + 1))
     tried("block", lambda: opendit.accelerate(build(tiny), {"fusion": "block"}, sp_size=world))

@@ -675,7 +675,7 @@ def test_they_are_many():
 
 
 def _params():
-    """Of diffusers' Latte, whose blocks are PixArt's, only what is its own is in the default run; likewise of videos."""
+    """Of diffusers' Latte, whose blocks are PixArt's, the default run has what is its own; of models of videos too."""
     shared = {base: {m.make for m in MISSES if m.base == base} for base in ("pixart", "wan")}
     first = {"diffusers-latte": "pixart", "cogvideox": "wan", "hunyuan-video": "wan"}
     for m in MISSES:
