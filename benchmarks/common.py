@@ -97,7 +97,8 @@ def time_graph(
         for call in calls:
             call()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
+    # Other threads, such as NCCL's watchdog, may ask the device how things stand meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         kept += [call() for call in calls]
     samples = []
     for _ in range(repeats + 2):

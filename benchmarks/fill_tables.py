@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and docs/performance.md from the JSON files, so that no figure is typed by hand.
+"""Writes the tables of README.md and docs/ from the JSON files, so that no figure is typed by hand.
 
     python benchmarks/fill_tables.py            # fill them
     python benchmarks/fill_tables.py --check    # exit 1 if a page says something else than the files give
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; benchmarks/tables.py has one function for each NAME.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; tables.py and part_tables.py have a function for each
+NAME.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import part_tables, tables
 from benchmarks.common import RESULTS
 from benchmarks.records import Record, load
-from benchmarks.tables import TABLES
+
+TABLES = tables.TABLES | part_tables.TABLES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/fastseq.md", "docs/engines.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -10,6 +10,7 @@ layers   x [1, L, D] → q, k, v → attention → output projection, each proce
          included.
 models   training steps (forward, loss, backward, DDP, AdamW) and sampling forwards under bf16 autocast: one GPU, one
          sample over all (sp), a sample each (dp).
+curve    the losses of 200 steps of a small DiT on one device and spread over all, on the same noise, bf16 autocast.
 
 Nothing is timed that was not compared first, in the same run and at the same number of tokens: layers with one device's
 layer, output and every gradient; models, with two blocks (or one pair), by the error ratio rule. Times are the slowest
@@ -38,7 +39,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import opendit
-from benchmarks.common import summary, synchronize, time_events, write_results
+from benchmarks.common import RESULTS, summary, synchronize, time_events, time_graph, write_results
+from examples.diffusion.gaussian import GaussianDiffusion
 from examples.models.dit import DiT
 from opendit.attention import attend, blockwise
 from opendit.errors import relative_errors
@@ -51,6 +53,7 @@ from tests.tiny_models import UserLatte
 TOKENS = (2560, 4096, 10240, 16384, 32768, 65536)
 HEADS, HEAD_DIM = 16, 72
 METHODS = ("fastseq", "fastseq overlapped", "ulysses", "ulysses 4 calls", "ring")
+LONG = 16384  # tokens; fewer repeats beyond
 TOLERANCE, SLACK = 2e-2, 1.2  # relative, a few bf16 roundings; the error ratio rule
 
 
@@ -65,18 +68,20 @@ class Job:
     heads: int = HEADS
     depth: int = 28
 
-    def build(self, depth: int | None = None) -> nn.Module:
+    def build(self, device: torch.device, depth: int | None = None) -> nn.Module:
+        """On the device, whose processes draw the same weights."""
         side, depth = 2 * round(self.tokens**0.5), depth or self.depth
-        if self.frames:
-            sizes = {"dim": self.width, "heads": self.heads, "frames": self.frames, "frequencies": 256}
-            model: nn.Module = UserLatte(size=side, depth=depth, classes=1000, **sizes)
-        else:
-            model = DiT(input_size=side, hidden_size=self.width, depth=depth, num_heads=self.heads)
-        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        with device:
+            if self.frames:
+                sizes = {"dim": self.width, "heads": self.heads, "frames": self.frames, "frequencies": 256}
+                model: nn.Module = UserLatte(size=side, depth=depth, classes=1000, **sizes)
+            else:
+                model = DiT(input_size=side, hidden_size=self.width, depth=depth, num_heads=self.heads)
         with torch.no_grad():
             for p in model.parameters():
                 if not p.any():  # behind zero gates every gradient is zero
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+                    p.normal_(0, 0.02)
         return model
 
     def batch(self, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +95,7 @@ JOBS = (
     *(Job("DiT-XL/2", n) for n in (4096, 16384, 65536)),
     *(Job("Latte-XL/2", n, frames=16) for n in (256, 1024)),
 )
+CURVE = Job("DiT-S/2", 1024, width=384, heads=6, depth=12)
 SMOKE = (Job("DiT", 16, width=32, heads=4, depth=2), Job("Latte", 4, frames=3, width=32, heads=4, depth=2))
 
 
@@ -106,33 +112,40 @@ def main() -> int:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
     mesh.ensure_world(device)
     results: list[dict[str, Any]] = []
-    failed = False
+    failed, path = False, None
     for row in rows(args, device):
         results.append(row)
         failed |= "refused" in row
         if dist.get_rank() == 0:
             print(in_words(row), flush=True)
-    if dist.get_rank() == 0 and not args.smoke:
-        print(f"written to {write_results('sequence_parallel', results, processes=dist.get_world_size())}")
+            if not args.smoke:  # after every row, for the next one may take the process down
+                path = write_results("sequence_parallel", results, args.out, path, processes=dist.get_world_size())
+    if path:
+        print(f"written to {path}")
     dist.destroy_process_group()
     return int(failed)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("layers", "models"), help="default: both")
+    numbered = [f"{i}: {job.name} {job.frames or ''} {job.tokens}".replace("  ", " ") for i, job in enumerate(JOBS)]
+    parser.add_argument("--only", choices=("layers", "models", "curve"), help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="L", help="of the layers")
+    parser.add_argument("--models", nargs="+", type=int, metavar="I", help=f"some of {', '.join(map(str, numbered))}")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU too; nothing is written")
     return parser.parse_args()
 
 
 def rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    if args.only != "models":
+    if args.only in (None, "layers"):
         for tokens in (19, 32) if args.smoke else args.tokens:
             yield from layer_rows(Layer(4 if args.smoke else HEADS, 8 if args.smoke else HEAD_DIM, device), tokens)
-    if args.only != "layers":
-        for job in SMOKE if args.smoke else JOBS:
+    if args.only in (None, "models"):
+        for job in SMOKE if args.smoke else [JOBS[i] for i in args.models or range(len(JOBS))]:
             yield from model_rows(job, device)
+    if args.only in (None, "curve"):
+        yield from curve_rows(SMOKE[0] if args.smoke else CURVE, 4 if args.smoke else 200, device)
 
 
 # -- one layer ---------------------------------------------------------------------------------------------------------
@@ -194,7 +207,7 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
     out = layer(whole)
     expected = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
     del out
-    floor = timed(floor_of(layer, tokens, local))
+    floor = timed(floor_of(layer, tokens, local), tokens)
     yield {"part": "layer", "method": "floor", "tokens": tokens, "width": width, "dtype": str(weight.dtype), **floor}
     x, dpart = (split_tokens(t.detach(), size) for t in (whole, dout))
     x.requires_grad_()
@@ -222,7 +235,7 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
         def both(name: str = name, inputs: list[Tensor] = inputs) -> None:
             torch.autograd.grad(layer.spread(name, x), inputs, dpart)
 
-        row |= timed((forward, both))
+        row |= timed((forward, both), tokens)
         yield row | {f"exposed_{what}": row[what]["median"] - floor[what]["median"] for what in ("forward", "both")}
 
 
@@ -249,12 +262,15 @@ def floor_of(layer: Layer, tokens: int, local: int) -> tuple[Callable[[], None],
     return forward, both
 
 
-def timed(calls: tuple[Callable[[], None], ...]) -> dict[str, Any]:
-    """Milliseconds of each, all processes together; the slowest's."""
+def timed(calls: tuple[Callable[[], None], ...], tokens: int) -> dict[str, Any]:
+    """Milliseconds of each, all processes together; the slowest's. In CUDA graphs, or a layer would time the host."""
     found = {}
     for what, call in zip(("forward", "both"), calls, strict=True):
+        for _ in range(3):
+            call()
+        synchronize()
         dist.barrier()
-        mine = summary(time_events(call, 20 if torch.cuda.is_available() else 2))
+        mine = summary(time_graph([call], 8) if tokens > LONG else time_graph([call] * 4, 20))
         found[what] = {key: agreed(value) for key, value in mine.items()}
     return found
 
@@ -299,8 +315,7 @@ def model_rows(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
 
 def run(job: Job, what: str, sp: int, together: bool, device: torch.device) -> tuple[dict[str, float], float]:
     """(milliseconds of a step, peak GiB) of the slowest, fullest process."""
-    torch.manual_seed(0)
-    model = job.build().to(device)
+    model = job.build(device)
     model.train(what == "train")
     opendit.accelerate(model, "train" if what == "train" else None, sp_size=sp)
     batch = job.batch(opendit.data_parallel_rank(model) if together else 0, device)
@@ -325,7 +340,8 @@ def run(job: Job, what: str, sp: int, together: bool, device: torch.device) -> t
 
     synchronize()
     dist.barrier()
-    samples = summary(time_events(step, 10 if cuda else 1, 3 if cuda else 1))
+    first = [agreed(ms) for ms in time_events(step, 1, 2 if cuda else 0)]  # as many repeats everywhere
+    samples = summary(time_events(step, min(max(round(5000 / first[0]), 3), 10) if cuda else 1, 0))
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     return {key: agreed(value) for key, value in samples.items()}, agreed(peak)
 
@@ -335,9 +351,37 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, ...], autocast: bool = True) 
         return (model(*batch).float() ** 2).mean()
 
 
+def curve_rows(job: Job, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Losses of one device and of all together, step by step; and twice on one device, for attention's own scatter."""
+    size, curves = dist.get_world_size(), []
+    for variant, sp in (("one", 1), ("one again", 1), (f"sp={size}", size)):
+        model = job.build(device).train()
+        opendit.accelerate(model, "train", sp_size=sp)
+        trained = nn.parallel.DistributedDataParallel(model) if sp > 1 else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+        diffusion = GaussianDiffusion().to(device)
+        x, _, _ = job.batch(0, device)
+        losses = torch.zeros(steps, device=device)
+        for i in range(steps):
+            torch.manual_seed(i)  # equal everywhere: all hold the same sample
+            t, y = (torch.randint(n, (1,), device=device) for n in (diffusion.steps, 1000))
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = diffusion.loss(trained, x, y, t=t, noise=torch.randn_like(x))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[i] = loss.detach()
+        curves.append(losses.double().cpu())
+        window = max(steps // 10, 1)
+        smooth = [c.unfold(0, window, 1).mean(1) for c in (curves[0], curves[-1])]
+        apart = agreed(((smooth[1] - smooth[0]).abs() / smooth[0]).max().item())
+        row = {"part": "curve", "model": job.name, "tokens": job.tokens, "variant": variant, "losses": losses.tolist()}
+        yield row | {"smoothed_over": window, "apart": apart}
+
+
 def error_ratio(job: Job, device: torch.device) -> float:
     """Of all gradients of two blocks at this size: distance from fp32's, spread over that of one device under bf16."""
-    plain = job.build(depth=2).to(device).eval()  # no label drops
+    plain = job.build(device, depth=2).eval()  # no label drops
     batch = job.batch(0, device)
 
     def gradients(model: nn.Module, autocast: bool, sp: int = 1) -> dict[str, Tensor]:
@@ -357,6 +401,10 @@ def error_ratio(job: Job, device: torch.device) -> float:
 
 
 def in_words(row: dict[str, Any]) -> str:
+    if row["part"] == "curve":
+        last = statistics.fmean(row["losses"][-row["smoothed_over"] :])
+        head = f"{len(row['losses'])} steps of {row['model']}, {row['variant']:9}"
+        return f"{head}: ends at {last:.5f}, {row['apart']:.1e} apart"
     if row["part"] == "layer":
         head = f"{row['tokens']:6} tokens  {row['method']:<18}"
     else:

@@ -13,7 +13,7 @@ from opendit import attention
 from opendit.config import BoosterConfig
 from opendit.ema_profiles import EMA
 from opendit.fastseq import choice as fastseq_choice
-from opendit.fastseq import methods
+from opendit.fastseq import in_block, methods
 from opendit.fastseq.mesh import device_type
 from opendit.kernels import backend as kernel_backend
 from opendit.kernels import fp8, spec
@@ -98,14 +98,7 @@ def _spread(
             "precision: got 'fp8' with sp_size > 1; allowed: 'bf16' and others. Blocks run in parts there, and "
             "products in 8 bits are those of whole blocks"
         )
-    if cfg.fusion == "block":
-        raise ValueError(
-            "fusion: got 'block' with sp_size > 1; allowed: 'auto', 'adaln'. Attention over processes is a module that "
-            "a block must call"
-        )
     plan_spread(planner, model, family)
-    if cfg.cuda_graphs or choices.keep == "selective":
-        planner.keep("blocks", "no CUDA graphs and no selective checkpointing: with sp_size > 1 blocks run in parts")
     heads, width = attention_shape(model, family)
     assert isinstance(family.spread, Spread)
     tokens = family.spread.tokens(model)
@@ -131,7 +124,17 @@ def _spread(
     )
     if cfg.regather_input and not sequence.regather:
         planner.keep("blocks", f"no input is gathered again: {sequence.method}, which auto chose, gathers none")
-    return dataclasses.replace(choices, fusion="adaln", sequence=sequence)
+    if sequence.method not in in_block.METHODS:
+        if cfg.fusion == "block":
+            raise ValueError(
+                f"fusion: got 'block' with the method {sequence.method!r} for sp_size > 1; allowed: 'auto', 'adaln', "
+                f"or sequence_parallel={' or '.join(map(repr, in_block.METHODS))}, which a block can compute itself"
+            )
+        choices = dataclasses.replace(choices, fusion="adaln")
+        if cfg.cuda_graphs or choices.keep == "selective":
+            why = f"blocks run in parts with the method {sequence.method}"
+            planner.keep("blocks", f"no CUDA graphs and no selective checkpointing: {why}")
+    return dataclasses.replace(choices, sequence=sequence)
 
 
 def _placed_on(model: nn.Module, cfg: BoosterConfig) -> torch.device:

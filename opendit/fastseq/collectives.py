@@ -117,6 +117,11 @@ def tokens_first(parts: Sequence[Tensor], total_heads: int, line: Line, local: i
 
     What lies between `length` and n·l is zero in the results.
     """
+    return packed_tokens_first(parts, total_heads, line, local).unbind(2)
+
+
+def packed_tokens_first(parts: Sequence[Tensor], total_heads: int, line: Line, local: int) -> Tensor:
+    """`tokens_first` in one tensor, [B, l, S, H, K]."""
     B, length, h, K = parts[0].shape
     S, n, heads = len(parts), line.size, evenly(total_heads, line.size)
     row = B * local * S * K
@@ -137,7 +142,7 @@ def tokens_first(parts: Sequence[Tensor], total_heads: int, line: Line, local: i
     for piece, m in zip(flat.split([row * m for m in heads]), heads, strict=True):  # type: ignore[no-untyped-call]
         out[:, :, :, begin : begin + m].copy_(piece.view(B, local, S, m, K))
         begin += m
-    return out.unbind(2)
+    return out
 
 
 class _ToHeads(torch.autograd.Function):

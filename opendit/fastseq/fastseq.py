@@ -54,14 +54,15 @@ class FastSeq:
         line, local = sequence.line("sp"), x.shape[1]
         heads = evenly(layer.heads, line.size)
         rows = Rows(layer.heads, sum(heads[: line.rank]), heads[line.rank])
-        overlapped, regather = _overlaps(x, sequence), sequence.regather
+        overlapped, regather = overlaps(x, sequence), sequence.regather
         q, k, v = gather_project(x, projection, rows, line, overlapped=overlapped, regather=regather)
         q, k = layer.normalise(q, k)
         out = layer.attend(q.to(v.dtype), k.to(v.dtype), v)
         return to_tokens(out, layer.heads, line, local).flatten(2)
 
 
-def _overlaps(x: Tensor, sequence: Sequence) -> bool:
+def overlaps(x: Tensor, sequence: Sequence) -> bool:
+    """Whether to compute on one part of x's whole while the next is on the wire."""
     if torch.compiler.is_compiling():
         return False  # an operator of a traced graph can't leave a transfer under way
     return sequence.overlap if sequence.overlap is not None else x.is_cuda and x.numel() >= _OVERLAP_FROM

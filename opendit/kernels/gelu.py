@@ -45,7 +45,7 @@ class Tile:
 # Elements that a forward program takes, and the backward's launch, as measured on Hopper. The interpreter's time goes
 # into programs, not into elements.
 FORWARD_BLOCK = 16384 if INTERPRETING else 1024
-BACKWARD = Tile(64, 512, 4, 4, 1) if INTERPRETING else Tile(1, 512, 128, 4, 1)
+BACKWARD = Tile(64, 512, 4, 4, 1) if INTERPRETING else Tile(1, 512, 1152, 4, 1)
 
 
 @triton.jit
@@ -75,8 +75,22 @@ def _gelu_fwd(x_ptr, h_ptr, elements, BLOCK: tl.constexpr, TANH: tl.constexpr):
     tl.store(h_ptr + at, downcast(x * _share(x, TANH), h_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _gelu_bwd_flat(
+    dh_ptr, x_ptr, dx_ptr, h_ptr, elements, BLOCK: tl.constexpr, TANH: tl.constexpr, WANT_H: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # offsets pass 2**31 elements
+    live = at < elements
+    dh = tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    s = _share(x, TANH)
+    tl.store(dx_ptr + at, downcast(dh * _slope(x, s, TANH), dx_ptr.dtype.element_ty), mask=live)
+    if WANT_H:
+        tl.store(h_ptr + at, downcast(x * s, h_ptr.dtype.element_ty), mask=live)
+
+
 @triton.jit(do_not_specialize=["M", "walk"])
-def _gelu_bwd(
+def _gelu_bwd_sums(
     dh_ptr,
     x_ptr,
     dx_ptr,
@@ -90,11 +104,12 @@ def _gelu_bwd(
     STAGES: tl.constexpr,
     TANH: tl.constexpr,
     WANT_H: tl.constexpr,
-    WANT_SUM: tl.constexpr,
 ):
     """One program takes COLUMNS columns of a run of rows, so that it can sum dx over them in registers."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1).to(tl.int64) * walk
+    blocks: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    first = run * walk
     last = tl.minimum(first + walk, M)
     total = tl.zeros([COLUMNS], tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
@@ -108,10 +123,8 @@ def _gelu_bwd(
         tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=live)
         if WANT_H:
             tl.store(h_ptr + at, downcast(x * s, h_ptr.dtype.element_ty), mask=live)
-        if WANT_SUM:
-            total += tl.sum(dx, 0)
-    if WANT_SUM:
-        tl.store(part_ptr + tl.program_id(1).to(tl.int64) * N + column, total, mask=column < N)
+        total += tl.sum(dx, 0)
+    tl.store(part_ptr + run * N + column, total, mask=column < N)
 
 
 def forward_fake(x: Tensor, tanh: bool) -> Tensor:
@@ -156,12 +169,20 @@ def launch_backward_into(
             total.zero_()
         return
     dh, x = dh.contiguous(), x.contiguous()
+    if total is None:
+        grid = (-(-x.numel() // FORWARD_BLOCK),)
+        tensors = dh, x, dx, x if h is None else h
+        wrap(_gelu_bwd_flat)[grid](
+            *tensors, x.numel(), BLOCK=FORWARD_BLOCK, TANH=tanh, WANT_H=h is not None, num_warps=4
+        )
+        return
     N = x.shape[-1]
     M = x.numel() // N
-    walk = -(-M // tile.programs)
+    blocks = -(-N // tile.columns)
+    walk = -(-M // max(tile.programs // blocks, 1))
     P = -(-M // walk)
-    partials = x.new_empty((1, P, 1, N) if total is not None else (0,), dtype=torch.float32)
-    wrap(_gelu_bwd)[(-(-N // tile.columns), P)](
+    partials = x.new_empty((1, P, 1, N), dtype=torch.float32)
+    wrap(_gelu_bwd_sums)[(blocks * P,)](
         *(dh, x, dx, x if h is None else h, partials, M, walk),
         N=N,
         ROWS=tile.rows,
@@ -169,11 +190,9 @@ def launch_backward_into(
         STAGES=tile.stages,
         TANH=tanh,
         WANT_H=h is not None,
-        WANT_SUM=total is not None,
         num_warps=tile.warps,
     )
-    if total is not None:
-        sum_programs(partials, total.view(1, 1, N), wrap)
+    sum_programs(partials, total.view(1, 1, N), wrap)
 
 
 class _GELU(torch.autograd.Function):

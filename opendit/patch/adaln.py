@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opendit.attention import choose_backend, two_pass
+from opendit.fastseq import Sequence, in_block
 from opendit.kernels import fp8
 from opendit.kernels.backend import resolve
 from opendit.kernels.gate_residual import gate_residual
@@ -167,6 +168,14 @@ class FusedAdaLN(Patched):
         B, L, D = x.shape
         inner = attn_parts.proj.in_features
         shape = (B, L, attn_parts.heads, inner // attn_parts.heads)
+        sequence = self._opendit_sequence
+        if sequence is not None and sequence.in_attention:
+            reason = _why_spread_in_parts(sequence, attn_parts.heads)
+            if reason is not None:
+                return self._not_whole(reason)
+            shape = in_block.seen(*shape, sequence)
+        else:
+            sequence = None
         backend = choose_backend(attn_parts.backend, x.device, dtype, shape)
         refusal = two_pass.refuses(backend, x.device, dtype, shape, torch.is_grad_enabled())
         if refusal is not None:
@@ -191,6 +200,7 @@ class FusedAdaLN(Patched):
             dtype=dtype,
             counts=tuple(len(group) for group in groups),
             fp8=self._opendit_fp8 and self._in_fp8(x, dtype, D, 3 * inner, mlp_parts.fc1.out_features),
+            sequence=sequence,
         )
         return adaln_block(x, c, groups, static, self._opendit_graphs)
 
@@ -228,6 +238,16 @@ class FusedAdaLN(Patched):
     def _sublayer_dtype(self, x: Tensor) -> torch.dtype | None:
         lower = autocast_dtype(x)
         return lower if lower is None or self.casts_for_linear else torch.float32
+
+
+def _why_spread_in_parts(sequence: Sequence, heads: int) -> str | None:
+    if sequence.method not in in_block.METHODS:
+        return f"attention: the method {sequence.method} is a module's, not a block's"
+    if heads < sequence.size:
+        return f"attention: some of {sequence.size} processes have none of its {heads} heads"
+    if torch.compiler.is_compiling():
+        return "attention: torch.compile is given the collectives one by one"
+    return None
 
 
 BLOCK_KERNELS = ("layernorm_modulate", "gate_residual_layernorm_modulate", "gate_residual")

@@ -14,6 +14,9 @@ once or never apart; h_a, h_m and g need not be kept, since the backward's passe
 gradients leave the matrix product in the parameters' own dtype; W2 is laid out as the matrix products like it; and
 between two of forty launches there is next to no Python.
 
+With a `sequence` x, out and all else are of this process's tokens, but for what attention sees (`fastseq/in_block.py`);
+collectives are launches among others, in CUDA graphs too.
+
 With `fp8` the products of qkv, p and y_m, and of the gradients of h_a, g and h_m, are of rows in 8 bits, each with a
 scale of its own (`kernels/fp8.py`), which the passes before them write; weight gradients and all else stay in the
 compute dtype. h_a, h_m and g are not made in it before the backward then, so "all" keeps what "selective" does.
@@ -32,6 +35,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opendit.attention import two_pass
+from opendit.fastseq import Sequence as Spread
+from opendit.fastseq import in_block
 from opendit.kernels import attention_backward as short_attention
 from opendit.kernels import fp8
 from opendit.kernels import gate_residual as gating
@@ -64,7 +69,9 @@ _GRADIENTS = ("x", "c", *PARAMETERS)
 
 
 class Static(NamedTuple):
-    """What of a call is no tensor. `counts`: how many tensors each of PARAMETERS is; `fp8`: products in 8 bits."""
+    """What of a call is no tensor. `counts`: how many tensors each of PARAMETERS is; `fp8`: products in 8 bits;
+    `sequence`: how the tokens are spread over processes, if they are.
+    """
 
     heads: int
     eps_a: float
@@ -75,6 +82,20 @@ class Static(NamedTuple):
     dtype: torch.dtype
     counts: tuple[int, ...]
     fp8: bool = False
+    sequence: Spread | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether q, k and v are computed of other processes' tokens too, and not of h_a."""
+        return self.sequence is not None and self.sequence.method == "fastseq"
+
+    @property
+    def attend(self) -> in_block.Attend:
+        """Attention of sequences that are whole here."""
+        return in_block.Attend(
+            lambda q, k, v: two_pass.forward(q, k, v, self.attention),
+            lambda *tensors: two_pass.backward(*tensors, self.attention),
+        )
 
 
 Groups = Sequence[Sequence[Tensor]]
@@ -229,10 +250,15 @@ class _Forward:
         self.modulation = _linear(F.silu(c).to(dtype), ada_w.t(), ada_b)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation.chunk(6, dim=1)
         self.h_a, self.mean_a, self.rstd_a = run.norm(x, shift_a, scale_a, None, None, static.eps_a, low, **rows_a)
-        self.qkv = product(self.h_a.view(M, D), qkv_w, qkv_b, **rows_a).view(B, L, 3, static.heads, -1)
-        q, k, v = self.qkv.unbind(2)
-        o, self.attention = two_pass.forward(q, k, v, static.attention)
-        self.o = o.reshape(B, L, -1)
+        if static.sequence is None:
+            self.qkv = product(self.h_a.view(M, D), qkv_w, qkv_b, **rows_a).view(B, L, 3, static.heads, -1)
+            q, k, v = self.qkv.unbind(2)
+            o, self.attention = two_pass.forward(q, k, v, static.attention)
+            self.o = o.reshape(B, L, -1)
+        else:
+            self.o, self.attention = in_block.forward(
+                self.h_a, qkv_w, qkv_b, static.heads, static.sequence, static.attend
+            )
         self.y_a = _linear(self.o.view(M, -1), proj_w.t(), proj_b).view(B, L, D)
         self.r, self.h_m, self.mean_m, self.rstd_m = run.fused(
             x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, **rows_m
@@ -246,13 +272,16 @@ class _Forward:
             self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
         self.out = run.gate(self.r, self.y_m, gate_m, **({} if out is None else {"residual": out}))
 
-    def saved(self, keep: str) -> list[Tensor]:
+    def saved(self, keep: str, static: Static) -> list[Tensor]:
         """What the backward needs besides the inputs, in the order of `_names`."""
-        return [] if keep == "full" else [getattr(self, name) for name in _names(keep)] + self.attention
+        return [] if keep == "full" else [getattr(self, name) for name in _names(keep, static)] + self.attention
 
 
-def _names(keep: str) -> tuple[str, ...]:
-    return _Forward.SMALL + _Forward.LARGE + (_Forward.CHEAP if keep == "all" else ())
+def _names(keep: str, static: Static) -> tuple[str, ...]:
+    left = {"qkv"} if static.sequence is not None else set()  # q, k and v are among what attention keeps
+    left |= {"h_a"} if static.gathers else set()
+    names = _Forward.SMALL + _Forward.LARGE + (_Forward.CHEAP if keep == "all" else ())
+    return tuple(name for name in names if name not in left)
 
 
 def _keep(static: Static) -> str:
@@ -271,7 +300,9 @@ def forward(
     done = _Forward(x, c, weights, static, run, out)
     cast = [w for i, w in enumerate(weights) if w is not None and _is_cast(i, groups[i], static, tokens)]
     # W2 is handed on as it lies in memory, so that no output of the operator is a view.
-    return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(_keep(static))
+    return done.out, [w if w.dim() < 2 or w.is_contiguous() else w.t() for w in cast] + done.saved(
+        _keep(static), static
+    )
 
 
 def _weights_again(
@@ -313,8 +344,8 @@ def backward(
     keep = _keep(static)
     if keep == "full":
         keep = "selective" if static.fp8 else "all"
-        saved = _Forward(x, c, weights, static).saved(keep)
-    names = _names(keep)
+        saved = _Forward(x, c, weights, static).saved(keep, static)
+    names = _names(keep, static)
     s = dict(zip(names, saved, strict=False))
     want = dict(zip(_GRADIENTS, wants, strict=True))
     to = {name: group[0].dtype if group else dtype for name, group in zip(PARAMETERS, groups, strict=True)}
@@ -380,17 +411,30 @@ def backward(
     if want["proj_w"]:
         grads["proj_w"] = _product(dy_a.t(), s["o"].view(M, -1), to["proj_w"], into.get("proj_w"))
     del dy_a
-    dqkv, dqkv_b = _attention_backward(do, s["qkv"], s["o"], saved[len(names) :], static.attention, want["qkv_b"])
-    del do
-    if want["qkv_b"]:
-        grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
-    # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
-    if static.fp8:
-        dh_a = fp8.scaled_product(fp8.quantize_rows(dqkv), fp8.quantize_columns(qkv_w), dtype)
+    of_attention = saved[len(names) :]
+    if static.gathers:
+        assert static.sequence is not None
+        dqkv = None
+        dw, db = (
+            (into[n] if n in into else torch.empty_like(w, dtype=to[n])) if want[n] else None
+            for n, w in zip(("qkv_w", "qkv_b"), weights[2:4], strict=True)
+        )
+        given = do.view(B, L, -1), of_attention, qkv_w, static.heads, static.sequence, static.attend
+        dh_a, dw, db = in_block.fastseq_backward(*given, dw, db)
+        grads |= {n: g for n, g in (("qkv_w", dw), ("qkv_b", db)) if g is not None}
     else:
-        dh_a = torch.mm(dqkv, qkv_w)
-    dh_a = dh_a.view(B, L, D)
-    h_a = s["h_a"] if keep == "all" else torch.empty_like(dh_a)
+        dqkv, dqkv_b = _attention_backward(do, s, of_attention, static, want["qkv_b"])
+        if want["qkv_b"]:
+            grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
+        # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
+        if static.fp8:
+            dh_a = fp8.scaled_product(fp8.quantize_rows(dqkv), fp8.quantize_columns(qkv_w), dtype)
+        else:
+            dh_a = torch.mm(dqkv, qkv_w)
+        dh_a = dh_a.view(B, L, D)
+    del do
+    again = keep != "all" and not static.gathers
+    h_a = torch.empty_like(dh_a) if again else s.get("h_a")
     grads["x"], sums_x = norm.launch_backward(
         dh_a,
         x,
@@ -403,10 +447,11 @@ def backward(
         modulated,
         dr=dr,
         shift=shift_a,
-        out=None if keep == "all" else h_a,
+        out=h_a if again else None,
         dx=into.get("x"),
     )
-    if want["qkv_w"]:
+    if want["qkv_w"] and dqkv is not None:
+        assert h_a is not None
         grads["qkv_w"] = _product(dqkv.t(), h_a.view(M, D), to["qkv_w"], into.get("qkv_w"))
     if modulated:
         # (dshift_a, dscale_a), (dgate_a), (dshift_m, dscale_m), (dgate_m)
@@ -430,9 +475,15 @@ def _through_gate(gate: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_backward(
-    do: Tensor, qkv: Tensor, o: Tensor, saved: Sequence[Tensor], attention: str, want_sums: bool
+    do: Tensor, s: dict[str, Tensor], saved: Sequence[Tensor], static: Static, want_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """(dqkv [M, 3·H·K], its column sums in fp32)."""
+    if static.sequence is not None:
+        B, L, _ = s["o"].shape
+        dqkv = in_block.ulysses_backward(do.view(B, L, -1), saved, static.heads, static.sequence, static.attend)
+        dqkv = dqkv.view(B * L, -1)
+        return dqkv, dqkv.sum(0, dtype=torch.float32) if want_sums else dqkv.new_empty(0)
+    qkv, o, attention = s["qkv"], s["o"], static.attention
     B, L, _, H, K = qkv.shape
     per_head = (B, L, H, K)
     if _short(attention, qkv):
@@ -534,7 +585,8 @@ def adaln_block(x: Tensor, c: Tensor, groups: Groups, static: Static, graphed: b
     """
     flat = [p for group in groups for p in group]
     if torch.compiler.is_compiling():
-        return _operator(x, c, flat, *static)[0]
+        assert static.sequence is None
+        return _operator(x, c, flat, *static[:-1])[0]
     graphed = graphed and torch.is_grad_enabled() and x.numel() <= _GRAPHS_UP_TO
     out: Tensor = _Block.apply(x, c, static, graphed, *flat)
     return out

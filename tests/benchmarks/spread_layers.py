@@ -11,7 +11,7 @@ from tests.fastseq import going_wrong
 
 
 def cases(world: int) -> dict[str, Any]:
-    return {"right": _rows, "wrong": _wrong, "models": _models}
+    return {"right": _rows, "wrong": _wrong, "models": _models, "curve": _curve}
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -28,3 +28,7 @@ def _wrong() -> list[dict[str, Any]]:
 def _models() -> list[dict[str, Any]]:
     jobs = sequence_parallel.SMOKE
     return [row for job in jobs for row in sequence_parallel.model_rows(job, torch.device("cpu"))]
+
+
+def _curve() -> list[dict[str, Any]]:
+    return list(sequence_parallel.curve_rows(sequence_parallel.SMOKE[0], 4, torch.device("cpu")))

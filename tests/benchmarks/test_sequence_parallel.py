@@ -52,6 +52,14 @@ def test_models_are_compared_and_timed():
         assert ("error_ratio" in row) == row["variant"].startswith("sp")
 
 
+def test_the_curve_is_one_devices():
+    one, again, spread = found("curve")
+    assert again["losses"] == one["losses"]
+    assert len(set(one["losses"])) == len(one["losses"]) == 4
+    assert 0 <= spread["apart"] < 1e-3  # bf16
+    assert "4 steps" in sequence_parallel.in_words(spread)
+
+
 @pytest.mark.slow
 def test_script():
     script = Path(sequence_parallel.__file__)

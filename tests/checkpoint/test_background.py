@@ -109,17 +109,22 @@ def test_on_a_gpu(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.randn(4, 64, device="cuda")).sum().backward()
     optimizer.step()
-    saved = [v.clone() for p in model.parameters() for v in (p, *optimizer.state[p].values())]
+
+    def held():
+        moments = {(i, key): v for i, p in enumerate(model.parameters()) for key, v in optimizer.state[p].items()}
+        return moments | dict(model.named_parameters())
+
+    saved = {key: v.clone() for key, v in held().items()}
     for _ in range(2):  # the second goes through the host memory of the first
         saving = opendit.save(tmp_path, model, optimizer, step=1, background=True)
         drawn = torch.rand(5, device="cuda")
         with torch.no_grad():
-            for p in model.parameters():
-                for value in (p, *optimizer.state[p].values()):
-                    value.fill_(3.0)
+            for value in held().values():
+                value.fill_(3.0)
         saving.wait()
         opendit.load(tmp_path, model, optimizer)
-        found = [v for p in model.parameters() for v in (p, *optimizer.state[p].values())]
-        assert all(torch.equal(a, b) and a.device == b.device for a, b in zip(found, saved, strict=True))
+        found = held()
+        assert found.keys() == saved.keys()
+        assert all(torch.equal(found[key], v) and found[key].device == v.device for key, v in saved.items())
         assert torch.equal(torch.rand(5, device="cuda"), drawn)
         torch.rand(3, device="cuda")

@@ -378,7 +378,8 @@ def refusals(world: int) -> dict[str, str]:
         tried(f"{name} {method}", lambda model=of_videos, named=named: opendit.accelerate(model, named, sp_size=world))
     tiny = tiny_of["dit"]
     tried("divisor", lambda: opendit.accelerate(build(tiny), sp_size=world + 1))
-    tried("block", lambda: opendit.accelerate(build(tiny), {"fusion": "block"}, sp_size=world))
+    ring = {"fusion": "block", "sequence_parallel": "ring"}
+    tried("block", lambda: opendit.accelerate(build(tiny), ring, sp_size=world))
     named = {"attention": "sdpa-math", "sequence_parallel": "ring"}
     tried("attention", lambda: opendit.accelerate(build(tiny), named, sp_size=world))
     wrapped = build(tiny)

@@ -104,8 +104,10 @@ def test_norms_write_rows(shape: tuple[int, int, int], dtype: torch.dtype, devic
         scale8 = torch.empty(B * L, 1, device=device)
         *_, q, mean8, rstd8 = launch(*inputs, shift, scale, None, None, 1e-6, E4M3, scale8=scale8)
         same((q.view(-1, D), scale8), h.view(-1, D))
-        assert torch.equal(mean, mean8)
-        assert torch.equal(rstd, rstd8)
+        # On a GPU the two launches differ, and add up a row in another order.
+        close = {"rtol": 1e-6, "atol": 1e-7} if x.is_cuda else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(mean8, mean, **close)
+        torch.testing.assert_close(rstd8, rstd, **close)
 
 
 def test_a_product_of_rows(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from opendit.kernels import backend as backends
 from opendit.kernels import layernorm as layernorm_file
 from opendit.kernels.spec import KernelSpec, discover
-from tests.kernels.checking import Case, as_tuple, check, gradients, make_inputs, relative_error
+from tests.kernels.checking import TOLERANCE, Case, as_tuple, check, gradients, make_inputs, relative_error
 
 pytest.importorskip("triton")
 
@@ -101,7 +101,10 @@ def test_fused_is_the_two_kernels_in_turn(device: torch.device) -> None:
         first = SPECS["gate_residual"].fn(kw["x"], kw["y"], kw["gate"], backend="triton")
         second = SPECS["layernorm_modulate"].fn(residual, kw["shift"], kw["scale"], backend="triton")
         assert torch.equal(residual, first)
-        assert torch.equal(modulated, second)
+        if device.type == "cuda":  # other launches add up a row in another order
+            assert relative_error(modulated, second.double()) <= TOLERANCE[modulated.dtype]
+        else:
+            assert torch.equal(modulated, second)
 
 
 def test_output_dtypes(spec: KernelSpec, device: torch.device) -> None:

@@ -1,0 +1,127 @@
+"""The tables of parts and of several processes: kernels, a spread layer, spread models, engines.
+
+As in benchmarks/tables.py each is a function from all records, old before new, to Markdown; "" where there is no data.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from benchmarks.records import Record, Row, newest
+from benchmarks.tables import NOTHING, Link, markdown, number, sources
+
+
+def kernels(records: Sequence[Record], link: Link) -> str:
+    """Milliseconds, the share of a large copy's speed, and the speed against torch.compile of the plain formula."""
+    chosen = newest(records, "kernels")[-1:]
+    if not chosen:
+        return ""
+    shapes = list(dict.fromkeys(tuple(row["B_L_D"]) for row in chosen[0].rows))
+    cases: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Row]]] = {}
+    for row in chosen[0].rows:
+        case = cases.setdefault((row["kernel"], row["direction"], row["residual"]), {})
+        case.setdefault(tuple(row["B_L_D"]), {})[row["contender"]] = row
+    head = ["kernel", "pass", "residual", *(f"[{B}, {L}]" for B, L, _ in shapes)]
+    rows = [[f"`{k}`", d, r, *(_kernel_cell(found[s]) for s in shapes)] for (k, d, r), found in cases.items()]
+    copy = f"{chosen[0].data['copy_tb_per_s']:.2f} TB/s"
+    return f"A large copy: {copy}.\n\n" + markdown(head, rows, 3) + "\n" + sources(chosen, link)
+
+
+def _kernel_cell(found: dict[str, Row]) -> str:
+    ours, compiled = found["ours"], found.get("compile")
+    ratio = f"{compiled['ms']['median'] / ours['ms']['median']:.2f}×" if compiled else NOTHING
+    return f"{ours['ms']['median']:.3f} / {ours['share_of_copy']:.0%} / {ratio}"
+
+
+def _last(records: Sequence[Record], part: str) -> list[Record]:
+    """The newest record with rows of a part of the sequence-parallel benchmark."""
+    found = [r for r in records if r.theme == "sequence_parallel" and any(row["part"] == part for row in r.rows)]
+    return found[-1:]
+
+
+def spread_layers(records: Sequence[Record], link: Link) -> str:
+    """Milliseconds of one attention layer, and of these what is exposed communication."""
+    chosen = _last(records, "layer")
+    if not chosen:
+        return ""
+    rows = [row for row in chosen[0].rows if row["part"] == "layer"]
+    tokens = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    body = []
+    for what, said in (("forward", "forward"), ("both", "forward and backward")):
+        for name in names:
+            mine = {row["tokens"]: row for row in rows if row["method"] == name}
+            body.append([said, name, *(_layer_cell(mine.get(n), what) for n in tokens)])
+    return markdown(["", "", *(f"{n} tokens" for n in tokens)], body, 2) + "\n" + sources(chosen, link)
+
+
+def _layer_cell(row: Row | None, what: str) -> str:
+    if row is None or what not in row:
+        return NOTHING
+    ms, exposed = row[what]["median"], row.get(f"exposed_{what}")
+    digits = 3 if ms < 1 else 2 if ms < 10 else 1
+    return f"{ms:.{digits}f}" + (f" ({exposed:.{max(digits, 2)}f})" if exposed is not None else "")
+
+
+def spread_models(records: Sequence[Record], link: Link) -> str:
+    chosen = _last(records, "model")
+    if not chosen:
+        return ""
+    rows = []
+    for row in chosen[0].rows:
+        if row["part"] == "model":
+            frames = f"{row['frames']} × " if row["frames"] else ""
+            cells = [_model_cell(row, what) for what in ("train", "sample")]
+            rows.append([row["model"], f"{frames}{row['tokens']}", row["variant"], *cells])
+    head = ["", "tokens", "", "training: samples/s, × one, GiB", "forward: samples/s, × one, GiB"]
+    return markdown(head, rows, 3) + "\n" + sources(chosen, link)
+
+
+def _model_cell(row: Row, what: str) -> str:
+    if "refused" in row or "failed" in row[what]:
+        return row.get("refused") or row[what]["failed"]
+    found = row[what]
+    times = f"{found['times_one']:.2f}" if found["times_one"] else NOTHING
+    return f"{found['samples_per_s']:.2f}, {times}, {found['gib']:.1f}"
+
+
+def spread_curve(records: Sequence[Record], link: Link) -> str:
+    chosen = _last(records, "curve")
+    rows = []
+    for row in chosen[0].rows if chosen else []:
+        if row["part"] == "curve":
+            last = statistics.fmean(row["losses"][-row["smoothed_over"] :])
+            rows.append([row["variant"], f"{last:.5f}", f"{row['apart']:.1e}"])
+    if not rows:
+        return ""
+    first = chosen[0].rows[0]
+    head = [f"{first['model']}, {first['tokens']} tokens, {len(first['losses'])} steps", "last losses", "largest apart"]
+    return markdown(head, rows) + "\n" + sources(chosen, link)
+
+
+def engines(records: Sequence[Record], link: Link) -> str:
+    chosen = newest(records, "engines")
+    rows = [
+        [
+            f"{row['model']}, {row['image_size']} px, {row['batch']} per process",
+            row["variant"],
+            row.get("error") or number(row["ms"], 1),
+            number(row.get("images_per_s")),
+            number(row.get("peak_gib"), 1),
+            number(row.get("states_gib"), 2),
+        ]
+        for record in chosen
+        for row in record.rows
+    ]
+    head = ["", "", "ms/step", "img/s, all", "peak GiB", "of these parameters and moments"]
+    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+
+
+TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
+    "kernels": kernels,
+    "spread-layers": spread_layers,
+    "spread-models": spread_models,
+    "spread-curve": spread_curve,
+    "engines": engines,
+}
