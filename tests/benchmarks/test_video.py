@@ -32,3 +32,18 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch, capsys):
     _, ours = capsys.readouterr().out.splitlines()
     assert "no speed is reported" in ours
     assert "clips/s" not in ours
+
+
+def test_wan_and_cogvideox_are_sampled(monkeypatch, capsys):
+    assert smoke(monkeypatch, "--only", "wan", "cogvideox") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["wan", "wan", "cogvideox", "cogvideox"]
+    assert all(" ms " in line for line in lines)
+
+
+def test_another_output_gets_no_speed(monkeypatch, capsys):
+    monkeypatch.setattr(video, "distances", lambda *_: {"eager": 1e-3, "opendit": 1.3e-3})
+    assert smoke(monkeypatch, "--only", "wan") == 1
+    _, ours = capsys.readouterr().out.splitlines()
+    assert "output off by 1.30e-03, eager bf16's by 1.00e-03: no speed is reported" in ours
+    assert " ms " not in ours
