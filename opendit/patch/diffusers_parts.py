@@ -39,6 +39,11 @@ def is_class(model: object, name: str) -> bool:
     return any(path(c) == name for c in type(model).__mro__)
 
 
+def told_how(processor: object) -> bool:
+    """Whether someone set the backend or the parallel layout that diffusers is to compute an attention with."""
+    return any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config"))
+
+
 class DispatchedAttention(SpreadAttention):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 

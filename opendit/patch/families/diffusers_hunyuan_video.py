@@ -31,7 +31,7 @@ from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gelu import gelu
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
-from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
+from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward, told_how
 from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
@@ -189,7 +189,7 @@ class JointAttention(SpreadJointAttention):
         reason = None
         if path(type(self.processor)) != _PROCESSOR:
             reason = f"its processor is now {type(self.processor).__name__}"
-        elif self.processor._attention_backend is not None or self.processor._parallel_config is not None:
+        elif told_how(self.processor):
             reason = "diffusers was told an attention backend or a parallel layout for it"
         elif kwargs.keys() - {"image_rotary_emb"}:
             reason = "other arguments were given"

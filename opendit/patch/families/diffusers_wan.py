@@ -27,7 +27,7 @@ from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layer
 from opendit.kernels.layernorm_modulate import layernorm_modulate
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import hooked
-from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward
+from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward, told_how
 from opendit.patch.planner import Planner, has
 from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
@@ -126,7 +126,7 @@ class _Attention:
         """Why upstream's own forward must be run, if it must."""
         if path(type(self.processor)) != _PROCESSOR:
             return f"its processor is now {type(self.processor).__name__}"
-        if self.processor._attention_backend is not None or self.processor._parallel_config is not None:
+        if told_how(self.processor):
             return "diffusers was told an attention backend or a parallel layout for it"
         if getattr(self, "fused_projections", False):
             return "its projections were fused (fuse_qkv_projections)"
