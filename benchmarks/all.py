@@ -24,6 +24,7 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("largest_batch", "--stand-in", "eager"),
     ("loss_curves",),
     ("sampling",),
+    ("video",),
     ("sequence_parallel",),
 )
 AFTERWARDS = (("charts",), ("fill_tables",))

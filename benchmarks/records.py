@@ -29,6 +29,7 @@ THEMES = (
     "attention",
     "engines",
     "sequence_parallel",
+    "video",
 )
 LABELS = {
     "as published": "as published (fp32 + TF32)",

@@ -25,6 +25,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def measure(
     row["booster"] = ALL[name].booster
     clean_up()
     try:
-        row |= run(ALL[name], args, device, batch)
+        row |= run(ALL[name], args, device, batch, partial(make_model, args.model, args.image_size, device))
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     except Exception as error:
@@ -132,8 +133,10 @@ def measure(
     return row
 
 
-def run(variant: Variant, args: argparse.Namespace, device: torch.device, batch: int) -> dict[str, Any]:
-    model = make_model(args.model, args.image_size, device)
+def run(
+    variant: Variant, args: argparse.Namespace, device: torch.device, batch: int, make: Callable[[], Any]
+) -> dict[str, Any]:
+    model = make()
     synchronize()
     start = time.perf_counter()
     training = Training(model, variant, batch)

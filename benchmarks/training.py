@@ -1,4 +1,4 @@
-"""One training step of DiT, in each of the ways that are compared.
+"""One training step of DiT or Latte, in each of the ways that are compared.
 
 A step: noise the latents, forward, the learned-sigma hybrid loss, backward, AdamW, EMA of every trained weight. Step i
 draws the same latents, noise, timesteps, labels and label drops whatever the variant, so losses are comparable one by
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import opendit
 from examples.diffusion.gaussian import GaussianDiffusion
 from examples.models.dit import DIT_MODELS, DiT
+from examples.models.latte import Latte
 from opendit.patch import core
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
@@ -99,18 +100,22 @@ def make_model(name: str, image_size: int, device: torch.device) -> DiT:
             model = DiT(input_size=image_size // 8, hidden_size=32, depth=3, num_heads=2, num_classes=10)
         else:
             model = DiT(**DIT_MODELS[name], input_size=image_size // 8)
-    with torch.no_grad():
-        for module in model.modules():
-            # Gates that are zero would hide whatever is wrong behind them.
-            if isinstance(module, nn.Linear) and not module.weight.any():
-                module.weight.normal_(0, 0.02)
+    open_gates(model)
     return model.train()
+
+
+@torch.no_grad()
+def open_gates(model: nn.Module) -> None:
+    """Gates that are zero would hide whatever is wrong behind them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            module.weight.normal_(0, 0.02)
 
 
 class Training:
     """A model with its optimizer and EMA. `step(i)` trains once and returns the loss, still on the device."""
 
-    def __init__(self, model: DiT, variant: Variant, batch: int) -> None:
+    def __init__(self, model: DiT | Latte, variant: Variant, batch: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.tf32
         self.variant, self.module = variant, model
         self.device = model.pos_embed.device
@@ -142,7 +147,7 @@ class Training:
     def resize(self, batch: int) -> None:
         """Steps from now on have `batch` samples."""
         self.batch = batch
-        self.shape = (batch, self.module.in_channels, self.module.input_size, self.module.input_size)
+        self.shape = (batch, *self.module.sample_shape)
 
     def loss(self, i: int) -> Tensor:
         self.generator.manual_seed(i)
@@ -200,7 +205,7 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model)
 
 
-def check_accelerated(model: DiT) -> None:
+def check_accelerated(model: DiT | Latte) -> None:
     """Raises if a block was left as it was, for then something else would be measured."""
     plan = core.plan_of(model)
     missing = {f"blocks.{i}" for i in range(len(model.blocks))} - {edit.fqn for edit in plan.edits}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opendit.doubles import keeping_doubles
 from opendit.errors import Tensors
 from opendit.everyone import gathered, several
 
@@ -27,6 +28,7 @@ class Task:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None
     ema: Callable[[nn.Module, nn.Module], object] | None
     seed: int
+    keep_doubles: bool = True  # in fp64, the models' own casts to fp32 do nothing
 
     def items(self) -> list[tuple[Any, Any]]:
         return list(self.batch.items()) if isinstance(self.batch, Mapping) else list(enumerate(self.batch))
@@ -193,6 +195,7 @@ def _one_share(
     device = parameter.device
     with (
         _random_state_kept(device),
+        keeping_doubles(task.keep_doubles and parameter.dtype == torch.float64),
         torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
     ):
         set_everywhere(task.seed * shares + index)

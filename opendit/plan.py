@@ -27,7 +27,14 @@ from opendit.patch.precision import plan_precision
 from opendit.patch.registry import GENERIC, Alternating, Family, Joint, Spread, named, resolve
 from opendit.patch.sampled import plan_sampling
 from opendit.patch.spread import ComparesModelInputs
-from opendit.patch.spreading import attention_shape, plain_projections, plan_joint, plan_spread, put_around
+from opendit.patch.spreading import (
+    attention_shape,
+    only_together,
+    only_whole,
+    plan_joint,
+    plan_spread,
+    put_around,
+)
 from opendit.stepping import Stepping, in_words
 from opendit.wrapping import device_of
 
@@ -102,19 +109,23 @@ def _spread(
             "products in 8 bits are those of whole blocks"
         )
     excluded: dict[str, str] = {}
+    why: str | None = None
     if isinstance(family.spread, Joint):
         plan_joint(planner, model, family)
-        why = "image and text have projections of their own, and are no one input to be gathered"
-        excluded |= dict.fromkeys(set(methods()) - set(joint.METHODS), why)
+        apart = "image and text have projections of their own, and are no one input to be gathered"
+        excluded |= dict.fromkeys(set(methods()) - set(joint.METHODS), apart)
     else:
         plan_spread(planner, model, family)
+        whole = only_whole(planner, model, family)
+        if whole is not None:
+            excluded["fastseq"] = f"it computes q, k, v from rows of the weights, but {whole}"
+        why = only_together(planner)
     heads, width = attention_shape(model, family)
     assert isinstance(family.spread, Spread | Joint)
     tokens = family.spread.tokens(model)
-    if not excluded and not plain_projections(planner, model, family):
-        excluded["fastseq"] = "it computes q, k, v from rows of the weights, but linears here are not torch's own"
-    if cfg.attention != "auto":
+    if why is None and cfg.attention != "auto":
         why = f"blocks of keys are computed by kernels that give back softmax denominators, not by {cfg.attention!r}"
+    if why is not None:
         excluded |= {name: why for name, method in methods().items() if method.layout(sp_size, heads) > 1}
     sequence = fastseq_choice.choose(
         cfg.sequence_parallel,

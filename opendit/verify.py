@@ -3,7 +3,8 @@
     reference   the plain model, one device, the whole batch: each data-parallel share in turn, gradients averaged
     candidate   accelerate(copy of it, …, sp_size=…) on this process's share, gradients averaged over the world
 
-Both run in fp64, where only mistakes are larger than rounding. With `autocast`, also as trained, by the error ratio
+Both run in fp64, where only mistakes are larger than rounding; casts to fp32 in the models' own forwards do nothing
+there, except with `compile`. With `autocast`, also as trained, by the error ratio
 rule: over all gradients together, and over the output, the candidate may be at most 1.2 times as far from the plain
 model in fp32 as the plain model under that autocast is.
 
@@ -148,7 +149,7 @@ def verify(
     if autocast is None:
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
     edits = dataclasses.replace(cfg, precision="inherit", ema=None, skip_nonfinite=None)
-    task = Task(batch, loss, optimizer, ema, seed)
+    task = Task(batch, loss, optimizer, ema, seed, keep_doubles=not cfg.compile)  # which can't be traced through
     if sp_size > 1:
         from opendit.fastseq import mesh
 

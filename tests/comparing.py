@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 
+from opendit.doubles import keeping_doubles
 from tests.tiny_models import Tiny, randomise
 
 Results = dict[str, torch.Tensor]
@@ -18,6 +21,11 @@ def build(tiny: Tiny, dtype: torch.dtype = torch.float32, device: str | torch.de
     if hasattr(model, "t_embedder"):
         model.t_embedder.mlp.register_forward_pre_hook(_cast_to_weights)
     return model
+
+
+def exactly(tiny: Tiny, dtype: torch.dtype = torch.float64) -> AbstractContextManager[Any]:
+    """A context in which fp64 is computed in fp64, also by models that round to fp32 on the way."""
+    return keeping_doubles(tiny.rounds and dtype == torch.float64)
 
 
 def _cast_to_weights(mlp: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -32,10 +40,11 @@ def run(model: nn.Module, tiny: Tiny, *, train: bool = True, autocast: torch.dty
     model.train(train)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-        out = tiny.output(model(*args, **kwargs))
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device, out.dtype)
-    (out * weights).sum().backward()
+    with exactly(tiny, parameter.dtype):
+        with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            out = tiny.output(model(*args, **kwargs))
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device, out.dtype)
+        (out * weights).sum().backward()
     results = {"output": out.detach(), "input": args[0].grad}
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -45,7 +54,7 @@ def run(model: nn.Module, tiny: Tiny, *, train: bool = True, autocast: torch.dty
 
 # Gradients that are zero in exact arithmetic (softmax does not see a constant added to every key), so that
 # only rounding is left of them: they are measured against the gradient of the weight beside them.
-NULL_GRADIENTS = ("to_k.bias", "k_norm.bias")
+NULL_GRADIENTS = ("to_k.bias", "add_k_proj.bias", "k_norm.bias", "norm_k.bias")
 # What makes the text's queries in SD3's last block, whose answers nobody reads: zeros, and nothing but zeros will do.
 UNREAD = ("attn.add_q_proj.weight", "attn.add_q_proj.bias", "attn.norm_added_q.weight")
 

@@ -72,7 +72,8 @@ MAY_IMPORT = {
         "opendit.patch.core",
         "opendit.patch.registry",
     },
-    "opendit.measuring": {"opendit.errors", "opendit.everyone", "opendit.fastseq"},
+    "opendit.measuring": {"opendit.doubles", "opendit.errors", "opendit.everyone", "opendit.fastseq"},
+    "opendit.doubles": set(),
     "opendit.api": {
         "opendit.attaching",
         "opendit.config",
@@ -135,7 +136,7 @@ MAY_IMPORT = {
     "opendit.attention": set(),
     "opendit.fastseq": set(),
     "opendit.kernels": set(),
-    "opendit.patch": set(),
+    "opendit.patch": {"opendit.doubles"},
     "opendit.patch.adaln": {"opendit.attention", "opendit.fastseq", "opendit.kernels", "opendit.patch"},
     "opendit.patch.block": {"opendit.attention", "opendit.fastseq", "opendit.kernels", "opendit.patch.graphs"},
     "opendit.patch.diffusers_joint": {"opendit.attention", "opendit.kernels", "opendit.patch"},
@@ -148,7 +149,15 @@ MAY_IMPORT = {
     "opendit.patch.rotary": {"opendit.kernels", "opendit.patch"},
     "opendit.patch.spread": {"opendit.attention", "opendit.fastseq", "opendit.patch"},
     "opendit.patch.alternating": {"opendit.fastseq", "opendit.patch"},
-    "opendit.patch.families": {"opendit.attention", "opendit.kernels", "opendit.patch"},
+    "opendit.patch.joint": {"opendit.fastseq", "opendit.patch"},
+    "opendit.patch.rotated": {"opendit.doubles", "opendit.fastseq", "opendit.patch"},
+    "opendit.patch.families": {
+        "opendit.attention",
+        "opendit.doubles",
+        "opendit.fastseq",
+        "opendit.kernels",
+        "opendit.patch",
+    },
 }
 
 # What each part may import from outside the standard library, at the top of its files.

@@ -466,6 +466,7 @@ class Tiny:
     output: Callable[[Any], torch.Tensor] = field(default=lambda out: out)
     whole: bool = True  # whether its blocks can be fused as one function
     slow: bool = False  # a variant that shows little beyond others of its family
+    rounds: bool = False  # whether its own forward rounds to fp32 what comes in fp64
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -679,6 +680,113 @@ def _flux_inputs(height: int = 3, width: int = 3, guided: bool = True):
     return inputs
 
 
+def _wan(**options: Any) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "freq_dim": 16,
+        "ffn_dim": 52,
+        "num_layers": 2,
+        "rope_max_seq_len": 16,
+    }
+    return WanTransformer3DModel(**{**config, **options})
+
+
+def _wan_inputs(frames: int = 3, height: int = 2, width: int = 6, text: int = 5, image: int | None = None):
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {
+            "timestep": torch.tensor([17, 999], device=device),
+            "encoder_hidden_states": torch.randn(2, text, 10, generator=generator).to(device, dtype),
+        }
+        if image is not None:
+            more["encoder_hidden_states_image"] = torch.randn(2, image, 14, generator=generator).to(device, dtype)
+        return (x,), more
+
+    return inputs
+
+
+def _cogvideox(**options: Any) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 20,
+        "text_embed_dim": 10,
+        "num_layers": 2,
+        "sample_width": 6,
+        "sample_height": 2,
+        "sample_frames": 9,
+        "max_text_seq_length": 5,
+    }
+    return CogVideoXTransformer3DModel(**{**config, **options})
+
+
+def _cogvideox_inputs(frames: int = 3, height: int = 2, width: int = 6, turned: int | None = None, ofs: bool = False):
+    """`turned`: K, for rotary positions; `ofs`: an offset, as the 1.5 model that starts from an image takes it."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, frames, 4, height, width, generator=generator).to(device, dtype)
+        text = torch.randn(2, 5, 10, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {"timestep": torch.tensor([17, 999], device=device), "encoder_hidden_states": text}
+        if turned is not None:
+            tokens = frames * height * width // (8 if ofs else 4)
+            angles = torch.randn(tokens, turned // 2, generator=generator).to(device).repeat_interleave(2, 1)
+            more["image_rotary_emb"] = angles.cos().to(dtype), angles.sin().to(dtype)
+        if ofs:
+            more["ofs"] = torch.tensor([2.0, 3.0], device=device)
+        return (x,), more
+
+    return inputs
+
+
+def _hunyuan_video(**options: Any) -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 16,
+        "rope_axes_dim": (4, 6, 6),
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 10,
+        "pooled_projection_dim": 7,
+    }
+    return HunyuanVideoTransformer3DModel(**{**config, **options})
+
+
+def _hunyuan_video_inputs(frames: int = 3, height: int = 2, width: int = 6, guided: bool = True):
+    """Text of 5 tokens, of which the samples have 5 and 2."""
+
+    def inputs(dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, frames, height, width, generator=generator).to(device, dtype)
+        more: dict[str, Any] = {
+            "timestep": torch.tensor([17, 999], device=device),
+            "encoder_hidden_states": torch.randn(2, 5, 10, generator=generator).to(device, dtype),
+            "encoder_attention_mask": (torch.arange(5) < torch.tensor([[5], [2]])).long().to(device),
+            "pooled_projections": torch.randn(2, 7, generator=generator).to(device, dtype),
+        }
+        if guided:
+            more["guidance"] = torch.tensor([6000.0, 1000.0], device=device)
+        return (x,), more
+
+    return inputs
+
+
 def _sample(out: Any) -> torch.Tensor:
     return out.sample
 
@@ -775,5 +883,45 @@ TINY = [
         _sample,
         whole=False,
         slow=True,
+    ),
+    Tiny("wan", "diffusers_wan", _wan, _wan_inputs(), _sample, whole=False, rounds=True),
+    Tiny(
+        "wan-image",  # an image's tokens beside the text's, no norm before them
+        "diffusers_wan",
+        lambda: _wan(num_attention_heads=4, cross_attn_norm=False, image_dim=14, added_kv_proj_dim=48),
+        _wan_inputs(2, 4, 6, text=512, image=4),
+        _sample,
+        whole=False,
+        slow=True,
+        rounds=True,
+    ),
+    Tiny("cogvideox", "diffusers_cogvideox", _cogvideox, _cogvideox_inputs(), _sample, whole=False, rounds=True),
+    Tiny(
+        "cogvideox-rotary",  # version 1.5: rotary positions, patches of two frames, norms without weights
+        "diffusers_cogvideox",
+        lambda: _cogvideox(
+            num_attention_heads=4,
+            attention_head_dim=12,
+            use_rotary_positional_embeddings=True,
+            patch_size_t=2,
+            ofs_embed_dim=20,
+            patch_bias=False,
+            norm_elementwise_affine=False,
+            attention_bias=False,
+        ),
+        _cogvideox_inputs(6, 2, 6, turned=12, ofs=True),
+        _sample,
+        whole=False,
+        slow=True,
+        rounds=True,
+    ),
+    Tiny(
+        "hunyuan-video",
+        "diffusers_hunyuan_video",
+        _hunyuan_video,
+        _hunyuan_video_inputs(),
+        _sample,
+        whole=False,
+        rounds=True,
     ),
 ]

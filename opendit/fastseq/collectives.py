@@ -12,6 +12,11 @@ parts and divides by sp, so that what lies before it gets the whole gradient on 
     to_heads       [B, l, H, K] → [B, L, h, K]     to_tokens
     to_tokens      [B, L, h, K] → [B, l, H, K]     to_heads
 
+    gather_heads   [B, n, h, K] → [B, n, H, K]     own heads of the sum over all
+
+gather_heads is for tokens that every process holds as a whole, a text's beside a video's. Each process computes all of
+them but attention, of which it has its heads; what it gets as their gradient is its share, times sp.
+
 Under to_heads and to_tokens no factor appears: they only move elements, and so do their gradients.
 """
 
@@ -162,6 +167,32 @@ class _ToTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         return heads_first((dx,), ctx.line, ctx.length)[0], None, None, None
+
+
+class _GatherHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total_heads: int, line: Line) -> Tensor:
+        ctx.line, ctx.heads = line, evenly(total_heads, line.size)
+        missing = ctx.heads[0] - x.shape[2]
+        parts = ops.gather(F.pad(x, (0, 0, 0, missing)) if missing else x, line)
+        return torch.cat([part[:, :, :n] for part, n in zip(parts.unbind(0), ctx.heads, strict=True)], 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor, None, None]:
+        heads: list[int] = ctx.heads
+        parts = dwhole.split(heads, 2)  # type: ignore[no-untyped-call]
+        packed = torch.stack([F.pad(p, (0, 0, 0, heads[0] - n)) for p, n in zip(parts, heads, strict=True)])
+        return ops.reduce_scatter(packed, ctx.line)[:, :, : heads[ctx.line.rank]], None, None
+
+
+def gather_heads(x: Tensor, total_heads: int, line: Line) -> Tensor:
+    """[B, n, h, K] → [B, n, H, K] on every process: what the heads of all give for tokens that all hold alike.
+
+    Each process's gradient of the result is a share, sp times what its own tokens contribute; their sum goes back.
+    """
+    whole: Tensor = _GatherHeads.apply(x, total_heads, line)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def to_heads(parts: Sequence[Tensor], line: Line, length: int) -> tuple[Tensor, ...]:

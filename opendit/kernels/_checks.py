@@ -56,14 +56,14 @@ def check_eps(kernel: str, eps: float) -> None:
         raise ValueError(f"{kernel}: eps is {eps}; it must be positive, for example 1e-6")
 
 
-def check_out_dtype(kernel: str, out_dtype: torch.dtype | None) -> None:
+def check_out_dtype(kernel: str, out_dtype: torch.dtype | None, name: str = "out_dtype") -> None:
     """Require a floating dtype or None."""
     if out_dtype is None:
         return
     if not isinstance(out_dtype, torch.dtype):
-        raise TypeError(f"{kernel}: out_dtype is {out_dtype!r}; pass a torch dtype such as torch.bfloat16, or None")
+        raise TypeError(f"{kernel}: {name} is {out_dtype!r}; pass a torch dtype such as torch.bfloat16, or None")
     if not out_dtype.is_floating_point:
-        raise ValueError(f"{kernel}: out_dtype is {out_dtype}; it must be a floating-point dtype")
+        raise ValueError(f"{kernel}: {name} is {out_dtype}; it must be a floating-point dtype")
 
 
 def promote(first: Tensor, *others: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opendit.kernels._checks import check_tokens, check_vectors, compute_dtype, has_double, promote
+from opendit.kernels._checks import check_out_dtype, check_tokens, check_vectors, compute_dtype, has_double, promote
 from opendit.kernels._rows import (
     UNSPECIALIZED,
     Tile,
@@ -40,11 +40,11 @@ from opendit.kernels.spec import KernelSpec
 FORWARD_BLOCK, FORWARD_WARPS = (16384, 4) if INTERPRETING else (512, 2)
 
 
-def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, *, residual_dtype: torch.dtype | None = None) -> Tensor:
     """The specification: float32 inside (float64 if any input is), one downcast at the end."""
     dtype = compute_dtype(x, y, gate)
     out = torch.addcmul(x.to(dtype), gate.to(dtype).unsqueeze(1), y.to(dtype))
-    return out.to(promote(x, y, gate))
+    return out.to(residual_dtype or promote(x, y, gate))
 
 
 @triton.jit(do_not_specialize=["P"])  # a mask on a count of unknown divisibility would split the 16-byte accesses
@@ -140,15 +140,16 @@ def _gate_residual_bwd(
         store_sums(part, sum_h, sum_t, D, HEAD, TAIL)
 
 
-def forward_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def forward_fake(x: Tensor, y: Tensor, gate: Tensor, residual_dtype: torch.dtype | None) -> Tensor:
     """The residual [B, L, D], unwritten."""
-    return x.new_empty(x.shape, dtype=promote(x, y, gate))
+    return x.new_empty(x.shape, dtype=residual_dtype or promote(x, y, gate))
 
 
 def launch_forward(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
+    residual_dtype: torch.dtype | None = None,
     wrap: Any = direct,
     block: int = FORWARD_BLOCK,
     warps: int = FORWARD_WARPS,
@@ -156,7 +157,7 @@ def launch_forward(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The residual, written, to memory that is given or new."""
-    residual = forward_fake(x, y, gate) if residual is None else residual
+    residual = forward_fake(x, y, gate, residual_dtype) if residual is None else residual
     if x.numel() == 0:
         return residual
     x, y, gate = dense_rows(x), dense_rows(y), dense_rows(gate)
@@ -227,19 +228,19 @@ def launch_backward_sums(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, gate = inputs
+    x, y, gate, _ = inputs
     ctx.save_for_backward(y, gate)
     ctx.x_dtype = x.dtype
 
 
 def _gradients(ctx: Any, dr: Tensor, launch: Any) -> tuple[Tensor | None, ...]:
     y, gate = ctx.saved_tensors
-    want_dx, want_dy, want_dgate = ctx.needs_input_grad
+    want_dx, want_dy, want_dgate, _ = ctx.needs_input_grad
     dx = dr.to(ctx.x_dtype) if want_dx else None
     if not (want_dy or want_dgate):
-        return dx, None, None
+        return dx, None, None, None
     dy, dgate = launch(dr, y, gate, want_dy, want_dgate)
-    return dx, dy if want_dy else None, dgate if want_dgate else None
+    return dx, dy if want_dy else None, dgate if want_dgate else None, None
 
 
 class _GateResidual(torch.autograd.Function):
@@ -264,19 +265,21 @@ if forward_op is not None:
     forward_op.register_autograd(lambda ctx, dr: _gradients(ctx, dr, backward_op), setup_context=_save)
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+def gate_residual(
+    x: Tensor, y: Tensor, gate: Tensor, *, residual_dtype: torch.dtype | None = None, backend: str = "auto"
+) -> Tensor:
     """x + gate · y, each sample with its own row of gate.
 
     Args:
         x, y: [B, L, D], any floating dtypes. Outer strides may be anything; a last stride other than 1 costs a copy.
         gate: [B, D], any floating dtype, read in place (a chunk of a [B, 6·D] tensor, or expanded).
+        residual_dtype: the result's dtype; by default what the three promote to.
         backend: "auto", "triton" or "reference"; see ``opendit.kernels.backend``.
 
     Returns:
-        [B, L, D], contiguous, in the dtype that the three promote to: a float32 x with bfloat16 y and gate stays
-        float32. Arithmetic is float32 (float64 for float64 inputs, which only the reference takes), with one rounding
-        at the end. Gradients have their input's dtype and shape and are bit-identical when repeated. Differentiable
-        once.
+        [B, L, D], contiguous; by default a float32 x with bfloat16 y and gate stays float32. Arithmetic is float32
+        (float64 for float64 inputs, which only the reference takes), with one rounding at the end. Gradients have their
+        input's dtype and shape and are bit-identical when repeated. Differentiable once.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or the backend cannot run here.
@@ -286,11 +289,12 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") 
     check_tokens(name, "y", y, like=x)
     B, _, D = x.shape
     check_vectors(name, x, (B, D), gate=gate)
+    check_out_dtype(name, residual_dtype, "residual_dtype")
     if resolve(backend, name, x.device, D, has_double(x, y, gate)) == "reference":
-        return gate_residual_reference(x, y, gate)
+        return gate_residual_reference(x, y, gate, residual_dtype=residual_dtype)
     if torch.compiler.is_compiling():
-        return forward_op(x, y, gate)
-    return _GateResidual.apply(x, y, gate)
+        return forward_op(x, y, gate, residual_dtype)
+    return _GateResidual.apply(x, y, gate, residual_dtype)
 
 
 def _upstream(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -78,9 +78,11 @@ def gate_residual_layernorm_modulate_reference(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: the two references one after the other."""
-    residual = gating.gate_residual_reference(x, y, gate)
+    residual = gating.gate_residual_reference(x, y, gate, residual_dtype=residual_dtype)
+    out_dtype = out_dtype or promote(x, y, gate, shift, scale)
     return residual, layernorm_modulate_reference(
         residual, shift, scale, weight=weight, bias=bias, eps=eps, out_dtype=out_dtype
     )
@@ -288,6 +290,7 @@ def forward_fake(
     eps: float,
     out_dtype: torch.dtype,
     center: bool,
+    residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward's outputs, unwritten: residual, modulated [B, L, D]; mean, rstd [B, L] float32.
 
@@ -295,7 +298,8 @@ def forward_fake(
     """
     B, L, _ = x.shape
     mean, rstd = (x.new_empty((B, n), dtype=torch.float32) for n in (L if center else 0, L))
-    return gating.forward_fake(x, y, gate), x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+    residual = gating.forward_fake(x, y, gate, residual_dtype)
+    return residual, x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
 def launch_forward(
@@ -309,6 +313,7 @@ def launch_forward(
     eps: float,
     out_dtype: torch.dtype,
     center: bool = True,
+    residual_dtype: torch.dtype | None = None,
     wrap: Any = direct,
     tile: Tile | None = None,
     *,
@@ -319,7 +324,7 @@ def launch_forward(
 
     scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
     """
-    outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center)
+    outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center, residual_dtype)
     outputs = outputs if residual is None else (residual, *outputs[1:])
     if x.numel() == 0:
         return outputs
@@ -445,7 +450,7 @@ def launch_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, gate, shift, scale, weight, bias, _, _, ctx.center = inputs
+    x, y, gate, shift, scale, weight, bias, _, _, ctx.center, _ = inputs
     residual, _, mean, rstd = output
     ctx.set_materialize_grads(False)  # a gradient that is not there need not be read
     ctx.save_for_backward(residual, y, gate, scale, weight, bias, mean, rstd)
@@ -462,7 +467,7 @@ def _gradients(ctx: Any, dr: Tensor | None, dm: Tensor | None, launch: Any, laun
         dy, dgate = None, None
         if dr is not None and (want_dy or want_dgate):
             dy, dgate = launch_gating(dr, y, gate, want_dy, want_dgate)
-        return dx, dy if want_dy else None, dgate if want_dgate else None, *(None,) * 7
+        return dx, dy if want_dy else None, dgate if want_dgate else None, *(None,) * 8
     want = [want_dx, want_dy, want_dgate, any(rest)]
     fixed = (ctx.x_dtype, ctx.sums_dtype, want, ctx.center)
     dx, dy, sums = launch(dr, dm, residual, y, gate, scale, weight, mean, rstd, *fixed)
@@ -474,9 +479,7 @@ def _gradients(ctx: Any, dr: Tensor | None, dm: Tensor | None, launch: Any, laun
         dy if want_dy else None,
         sums[:, 0].to(gate.dtype) if want_dgate else None,
         *small,
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
@@ -505,7 +508,7 @@ if forward_op is not None:
 
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The Triton path: (x, y, gate, shift, scale, weight, bias, eps, out_dtype, center) to (residual, modulated)."""
+    """The Triton path: `launch_forward`'s inputs up to residual_dtype, to (residual, modulated)."""
     if torch.compiler.is_compiling():
         residual, modulated, _, _ = forward_op(*inputs)
         return residual, modulated
@@ -523,6 +526,7 @@ def gate_residual_layernorm_modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(residual, modulated) = (x + gate · y, LayerNorm(residual) · (1 + scale) + shift).
@@ -533,14 +537,15 @@ def gate_residual_layernorm_modulate(
         gate, shift, scale: [B, D], any floating dtype, read in place (chunks of one [B, 6·D] tensor, or expanded).
         weight, bias: [D], the LayerNorm's own affine parameters, if it has them.
         eps: added to the variance.
-        out_dtype: modulated's dtype; by default what the residual, shift and scale promote to.
+        out_dtype: modulated's dtype; by default what x, y, gate, shift and scale promote to.
+        residual_dtype: the residual's dtype; by default what x, y and gate promote to.
         backend: "auto", "triton" or "reference"; see ``opendit.kernels.backend``.
 
     Returns:
-        Two [B, L, D], contiguous. residual has the dtype that x, y and gate promote to: a float32 x with bfloat16 y
-        and gate stays float32. Statistics and arithmetic are float32 (float64 for float64 inputs, which only the
-        reference takes), with one rounding per output. Gradients have their input's dtype and shape and are
-        bit-identical when repeated. Either output may go unused. Differentiable once.
+        Two [B, L, D], contiguous. A float32 x with bfloat16 y and gate stays float32 unless told otherwise. Statistics
+        and arithmetic are float32 (float64 for float64 inputs, which only the reference takes), with one rounding per
+        output. Gradients have their input's dtype and shape and are bit-identical when repeated. Either output may go
+        unused. Differentiable once.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or the backend cannot run here.
@@ -554,12 +559,23 @@ def gate_residual_layernorm_modulate(
         check_vectors(name, x, (D,), weight=weight, bias=bias)
     check_eps(name, eps)
     check_out_dtype(name, out_dtype)
+    check_out_dtype(name, residual_dtype, "residual_dtype")
     double = has_double(x, y, gate, shift, scale, weight, bias)
     if resolve(backend, name, x.device, D, double) == "reference":
         return gate_residual_layernorm_modulate_reference(
-            x, y, gate, shift, scale, weight=weight, bias=bias, eps=eps, out_dtype=out_dtype
+            x,
+            y,
+            gate,
+            shift,
+            scale,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            out_dtype=out_dtype,
+            residual_dtype=residual_dtype,
         )
-    return apply(x, y, gate, shift, scale, weight, bias, eps, out_dtype or promote(x, y, gate, shift, scale), True)
+    out_dtype = out_dtype or promote(x, y, gate, shift, scale)
+    return apply(x, y, gate, shift, scale, weight, bias, eps, out_dtype, True, residual_dtype)
 
 
 def _upstream(x, y, gate, shift, scale, *, weight=None, bias=None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

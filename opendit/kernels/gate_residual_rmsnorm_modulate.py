@@ -84,7 +84,8 @@ def gate_residual_rmsnorm_modulate(
         return gate_residual_rmsnorm_modulate_reference(
             x, y, gate, shift, scale, weight=weight, eps=eps, out_dtype=out_dtype
         )
-    return apply(x, y, gate, shift, scale, weight, None, eps, out_dtype or promote(x, y, gate, shift, scale), False)
+    out_dtype = out_dtype or promote(x, y, gate, shift, scale)
+    return apply(x, y, gate, shift, scale, weight, None, eps, out_dtype, False, None)
 
 
 def _upstream(

@@ -66,9 +66,17 @@ class FusedAdaLN(Patched):
         out_dtype = self._sublayer_dtype(x)
         if isinstance(norm, nn.LayerNorm):
             kernel = self._kernel("gate_residual_layernorm_modulate")
-            affine = {"weight": norm.weight, "bias": norm.bias}
             return gate_residual_layernorm_modulate(
-                x, y, gate, shift, scale, **affine, eps=norm.eps, out_dtype=out_dtype, backend=kernel
+                x,
+                y,
+                gate,
+                shift,
+                scale,
+                weight=norm.weight,
+                bias=norm.bias,
+                eps=norm.eps,
+                out_dtype=out_dtype,
+                backend=kernel,
             )
         if must_be_called(norm, x.dtype):
             x = gate_residual(x, y, gate, backend=self._kernel("gate_residual"))

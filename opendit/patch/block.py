@@ -194,12 +194,12 @@ def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
 
 
 def _fused_fake(*inputs: Any, scale8: Tensor | None = None, residual: Tensor | None = None) -> Any:
-    outputs = fused.forward_fake(*(*inputs, True))
+    outputs = fused.forward_fake(*(*inputs, True, None))
     return outputs if residual is None else (residual, *outputs[1:])
 
 
-def _gate_fake(*inputs: Tensor, residual: Tensor | None = None) -> Tensor:
-    return gating.forward_fake(*inputs) if residual is None else residual
+def _gate_fake(x: Tensor, y: Tensor, gate: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    return gating.forward_fake(x, y, gate, None) if residual is None else residual
 
 
 class _Launch:

@@ -39,6 +39,11 @@ def is_class(model: object, name: str) -> bool:
     return any(path(c) == name for c in type(model).__mro__)
 
 
+def told_how(processor: object) -> bool:
+    """Whether someone set the backend or the parallel layout that diffusers is to compute an attention with."""
+    return any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config"))
+
+
 class DispatchedAttention(SpreadAttention):
     """diffusers' Attention as its default processor computes it, with q, k, v [B, L, H, K] dispatched."""
 
@@ -139,7 +144,7 @@ class CrossAttention(OnPart):
 
 
 class FusedFeedForward(Sublayer):
-    """diffusers' FeedForward (net: GELU with its projection, dropout, linear), the GELU in one pass each way."""
+    """diffusers' FeedForward (GELU with its projection, dropout, linear, often dropout), the GELU in one pass."""
 
     uses = ("gelu",)
     net: nn.ModuleList
@@ -150,15 +155,16 @@ class FusedFeedForward(Sublayer):
             return self._upstream(reason, hidden_states, *args, **kwargs)
         first: Any = self.net[0]
         h = gelu(first.proj(hidden_states), approximate=first.approximate, backend=self._kernel("gelu"))
-        return self.net[-1](h)
+        return self.net[2](h)
 
     def _plain(self) -> bool:
         """Whether nothing stands between its two linears but the GELU."""
         first: Any = self.net[0]
-        return path(type(first)) == GELU and not hooked(first) and len(self.net) == 3 and off(self.net[1])
+        plain = path(type(first)) == GELU and not hooked(first) and len(self.net) in (3, 4)
+        return plain and off(self.net[1], *self.net[3:])
 
     def _parts(self) -> MlpParts | str:
-        first, last = cast(Any, self.net[0]), self.net[-1]
+        first, last = cast(Any, self.net[0]), self.net[2] if len(self.net) > 2 else None
         if not self._plain():
             return "dropout, a hook or another activation"
         if not isinstance(last, nn.Linear) or not plain_linear(first.proj, last):
@@ -222,8 +228,8 @@ def _default_attention(planner: Planner, name: str, attn: Any) -> bool:
 def plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:
     if path(type(ff)) != FEED_FORWARD or path(type(ff.net[0])) != GELU:
         planner.keep(name, f"it is a {path(type(ff))} beginning with {path(type(ff.net[0]))}, not a GELU's")
-    elif ff.net[0].approximate not in APPROXIMATIONS or len(ff.net) != 3:
-        planner.keep(name, "it is not projection, GELU, dropout and linear")
+    elif ff.net[0].approximate not in APPROXIMATIONS or len(ff.net) not in (3, 4):
+        planner.keep(name, "it is not projection, GELU, dropout and linear, with or without another dropout")
     else:
         width = ff.net[0].proj.weight.shape[1]
         planner.offer(name, ff, FusedFeedForward, "GELU: one pass", tokens(width), bypassed=(ff.net[0],))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opendit.doubles import keeping_doubles
 from opendit.patch.core import REFERENCE, Patched, patched_class
 
 # Agreement of two fp64 evaluations of the same formula; anything wrong is many orders above it.
@@ -54,14 +55,16 @@ def disagreement(
     *,
     stand_ins: Mapping[str, nn.Module] | None = None,
     dtype: torch.dtype = torch.float64,
+    keep_doubles: bool = False,
 ) -> str | None:
     """Why `mixin` must not be given to `module`, or None where both compute the same.
 
     Args:
-        inputs: makes the positional arguments for a dtype; float tensors among them get gradients. Several are
-            tried in turn, such as a short and a longer sequence.
+        inputs: makes the positional arguments for a dtype, and after them, in a dict, those by name; float tensors
+            among the positional ones get gradients. Several are tried in turn, such as a short and a longer sequence.
         stand_ins: children to replace in the copy, by name.
         dtype: what to compute in; float32 only for modules that can't run in float64.
+        keep_doubles: for a module known to compute in fp32 at least: its own casts to fp32 leave fp64 as it is.
     """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -71,9 +74,9 @@ def disagreement(
             twin = _small_copy(module, stand_ins or {}, dtype)
         except Exception as error:
             return f"it could not be copied for the check ({type(error).__name__}: {error})"
-        for training in (True, False):
-            twin.train(training)
-            for example in examples:
+        with keeping_doubles(keep_doubles):
+            for training, example in itertools.product((True, False), examples):
+                twin.train(training)
                 reason = _compare(twin, mixin, example, dtype, autocast=False)
                 if reason is not None:
                     return reason
@@ -232,9 +235,10 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, autocast: bool) 
     """Outputs, then the gradients of the inputs and of the parameters."""
     _seed(1)
     args = inputs(dtype)
+    args, named = (args[:-1], args[-1]) if isinstance(args[-1], dict) else (args, {})
     leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = _outputs(module(*args))
+        outputs = _outputs(module(*args, **named))
     cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
     wanted = leaves + list(module.parameters())
     grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)

@@ -33,7 +33,7 @@ class Spread:
 
     Attributes:
         gather: the name of the module after whose output [B, L, C] the model needs all tokens.
-        attention, mlp: the names of a block's two sublayers.
+        attention, mlp: the names of a block's two sublayers; blocks that have no such mlp compute it themselves.
         cross: the names of sublayers, in blocks that have them, that look from the tokens at another sequence.
         tokens: how many tokens the model is built for; None where that can't be told.
     """
@@ -92,9 +92,9 @@ class Family:
         traits: all must hold for a model to be of this family; ordered from coarse to fine.
         plan: tells the planner what to edit and what to leave, with reasons. It changes nothing.
         blocks: where the transformer blocks are: the name of a ModuleList, or the names of several.
-        spread: where its sequence is split and gathered: `Spread` for blocks in one list where attention looks across
-            all tokens, `Alternating` where it looks within frames and within tokens in turn, `Joint` for image and
-            text beside each other; None: it has no sequence parallelism.
+        spread: where its sequence is split and gathered, for blocks that are called one after the other: `Spread` where
+            attention looks across all tokens, `Alternating`, for one list, where it looks within frames and within
+            tokens in turn, `Joint` for image and text beside each other; None: it has no sequence parallelism.
         called_apart: names of modules inside blocks that the model also calls from outside them.
     """
 

@@ -25,6 +25,7 @@ from opendit.fastseq.shards import total_length
 from opendit.patch.core import Patched, autocast_dtype
 from opendit.patch.parts import Sublayer, plain_linear
 
+_Heads = tuple[Tensor, Tensor, Tensor]
 _PAIR = Pair(blockwise.forward, blockwise.backward)
 
 # How often a model's inputs were compared so far, in training steps and otherwise: only training steps are sure to be
@@ -129,6 +130,10 @@ class SpreadAttention(OnPart, Sublayer):
     # By name: the linears that give q, k, v (one packed, or three), and the modules that `_normalise` calls.
     projections: ClassVar[tuple[str, ...]]
     per_head: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
+    # Why q, k, v can't be computed for some heads only, as `fastseq` does; None where they can.
+    all_heads: ClassVar[str | None] = None
+    # Why keys can't come in blocks, as `ring` has them; None where they can.
+    all_keys: ClassVar[str | None] = None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, L, H, K] of x [B, L, D]."""
@@ -138,19 +143,25 @@ class SpreadAttention(OnPart, Sublayer):
         return q, k
 
     def _spread(
-        self, x: Tensor, heads: int, normalise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+        self,
+        x: Tensor,
+        heads: int,
+        project: Callable[[Tensor], _Heads] | None = None,
+        normalise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attention of all processes' tokens for this one's, [B, l, D] → [B, l, H·K]; before the output projection.
 
-        normalise: instead of `_normalise`, where that depends on which tokens they are; see `SelfAttention`.
+        project, normalise, attend: instead of the mixin's own, where they need more than they are given; see
+            `SelfAttention`.
         """
         sequence = self._opendit_sequence
         layer = SelfAttention(
             heads=heads,
-            project=self._project,
-            projection=_projection(x, tuple(getattr(self, name) for name in self.projections)),
+            project=project or self._project,
+            projection=self.all_heads or _projection(x, tuple(getattr(self, name) for name in self.projections)),
             normalise=normalise or (lambda q, k, first: self._normalise(q, k)),
-            attend=self._attend,
+            attend=attend or self._attend,
             pair=_PAIR,
         )
         return methods()[sequence.method].attention(x, layer, sequence)

@@ -44,8 +44,9 @@ def plan_spread(planner: Planner, model: nn.Module, family: Family) -> None:
         for cross in (f"{fqn}.{name}" for name in spread.cross if getattr(block, name, None) is not None):
             if cross not in edits or not issubclass(edits[cross].mixin, OnPart):
                 raise cannot(cross, f"it is left to upstream ({kept.get(cross)}), so it may mix tokens")
-        mlp = f"{fqn}.{spread.mlp}"
-        if mlp not in edits and not planner.once(_token_by_token, block.get_submodule(spread.mlp), _width(block)):
+        mlp, width = f"{fqn}.{spread.mlp}", _width(block.get_submodule(spread.attention))
+        inside: Any = getattr(block, spread.mlp, None)  # single-stream blocks have its linears in themselves
+        if mlp not in edits and inside is not None and not planner.once(_token_by_token, inside, width):
             raise cannot(mlp, "it is left to upstream and gives something else for a part of the tokens")
     put_around(planner, blocks[0][0], SplitTokens, "gets its process's part of the tokens")
     plan_gather(planner, model, spread.gather)
@@ -119,10 +120,19 @@ def attention_shape(model: nn.Module, family: Family) -> tuple[int, int]:
     return int(getattr(attention, "num_heads", None) or attention.heads), _width(attention)
 
 
-def plain_projections(planner: Planner, model: nn.Module, family: Family) -> bool:
-    """Whether the linears of every attention's q, k, v can be taken apart by heads."""
-    names = next(edit.mixin.projections for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
-    return all(plain_linear(*(getattr(a, name) for name in names)) for a in _attentions(model, family))
+def only_whole(planner: Planner, model: nn.Module, family: Family) -> str | None:
+    """Why q, k, v of some heads can't be computed apart from the others', as `fastseq` does; None where they can."""
+    mixin = next(edit.mixin for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
+    if mixin.all_heads is not None:
+        return mixin.all_heads
+    if all(plain_linear(*(getattr(a, name) for name in mixin.projections)) for a in _attentions(model, family)):
+        return None
+    return "linears here are not torch's own"
+
+
+def only_together(planner: Planner) -> str | None:
+    """Why a process must have all keys at once, as `ring` has not; None where it need not."""
+    return next(edit.mixin.all_keys for edit in planner.edits if issubclass(edit.mixin, SpreadAttention))
 
 
 def _attentions(model: nn.Module, family: Family) -> Iterator[Any]:

@@ -13,14 +13,17 @@ from torch import nn
 import opendit
 from opendit.fastseq import collectives, fastseq, ops, project, ring, ulysses
 from opendit.fastseq.ops import Line
+from opendit.patch import joint
 from opendit.patch.core import notes
+from opendit.patch.families import diffusers_wan
 from opendit.patch.families.lightningdit import RotaryAttention
 from tests.comparing import build, twin
 from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
-from tests.tiny_models import TINY, Tiny
+from tests.tiny_models import TINY
 
-_TINY, _TURNED = (next(t for t in TINY if t.name == name) for name in ("dit", "lightningdit"))
+_BY_NAME = {t.name: t for t in TINY}
+_TINY = _BY_NAME["dit"]
 
 
 @contextlib.contextmanager
@@ -45,8 +48,9 @@ METHODS = ("fastseq", "fastseq-overlapped", "ulysses", "ring")
 POSITIONS = ("ulysses", "ring")
 
 
-def _mutant(world: int, method: str, mistake: Callable[[], Any], tiny: Tiny = _TINY) -> float:
+def _mutant(world: int, method: str, mistake: Callable[[], Any], name: str = "dit") -> float:
     """The worst relative error of a gradient with the mistake in place; two processes share a sequence."""
+    tiny = _BY_NAME[name]
     plain = build(tiny, torch.float64)
     with mistake():
         model = spread(twin(plain), method, 2)
@@ -57,7 +61,7 @@ def _mutant(world: int, method: str, mistake: Callable[[], Any], tiny: Tiny = _T
 def _at_zero(world: int, method: str) -> float:
     original = RotaryAttention._normalise_and_turn
     wrong = lambda self, turns, q, k, first: original(self, turns, q, k, 0)  # noqa: E731
-    return _mutant(world, method, lambda: planted(RotaryAttention, "_normalise_and_turn", wrong), _TURNED)
+    return _mutant(world, method, lambda: planted(RotaryAttention, "_normalise_and_turn", wrong), "lightningdit")
 
 
 def _rescaled(function: type, factor: float) -> Callable[[], Any]:
@@ -114,7 +118,24 @@ def _sum_not_passed_on() -> Any:
     return planted(project, "_backward_overlapped", wrong)
 
 
-MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
+def _own_share_only() -> Any:
+    def wrong(ctx: Any, dwhole: torch.Tensor) -> tuple[Any, ...]:
+        return dwhole.split(ctx.heads, 2)[ctx.line.rank], None, None
+
+    return planted(collectives._GatherHeads, "backward", staticmethod(wrong))
+
+
+def _texts_heads_turned() -> Any:
+    original = joint.gather_heads
+    return planted(joint, "gather_heads", lambda x, heads, line: original(x, heads, line).roll(1, 2))
+
+
+def _someone_elses_positions(module: Any) -> Callable[[], Any]:
+    original = module.of_part
+    return lambda: planted(module, "of_part", lambda table, dim, *where: original(table.roll(1, dim), dim, *where))
+
+
+MUTANTS: dict[str, tuple[Any, ...]] = {
     "gather's scale dropped": ("fastseq", _rescaled(collectives._Gather, 1 / 2)),
     "split's scale dropped": ("ulysses", _rescaled(collectives._Split, 2.0)),
     "another group": ("fastseq", _other_group),
@@ -125,6 +146,10 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "merged without weights": ("ring", _averaged_without_weights),
     "dk and dv not sent home": ("ring", _not_sent_home),
     "dx not passed on": ("fastseq-overlapped", _sum_not_passed_on),
+    "text's gradients not summed": ("ulysses", _own_share_only, "cogvideox-rotary"),
+    "text's heads in another order": ("fastseq", _texts_heads_turned, "hunyuan-video"),
+    "positions of other tokens, alone": ("ulysses", _someone_elses_positions(diffusers_wan), "wan"),
+    "positions of other tokens, beside a text": ("ulysses", _someone_elses_positions(joint), "cogvideox-rotary"),
 }
 
 

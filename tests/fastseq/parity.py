@@ -22,7 +22,7 @@ from opendit.fastseq.mesh import groups
 from opendit.patch.core import Choices, plan_of
 from opendit.patch.spread import SpreadAttention
 from tests import tiny_models
-from tests.comparing import Results, worst
+from tests.comparing import Results, exactly, worst
 from tests.tiny_models import Tiny
 
 
@@ -32,8 +32,9 @@ def step(model: nn.Module, tiny: Tiny, share: int, micro: int, scale: float) -> 
     (x, *rest), kwargs = tiny.inputs(torch.float64, torch.device("cpu"))
     x = x + torch.randn(x.shape, dtype=torch.float64)
     target = torch.randn(1, dtype=torch.float64)
-    loss = ((tiny.output(model(x, *rest, **kwargs)) - target) ** 2).mean()
-    (loss * scale).backward()
+    with exactly(tiny):
+        loss = ((tiny.output(model(x, *rest, **kwargs)) - target) ** 2).mean()
+        (loss * scale).backward()
     return loss.item()
 
 

@@ -112,6 +112,9 @@ SAID = {
     "latte's rows": "sp_size: the tokens of blocks.0 can't be spread over processes: it gives something else",
     "latte's dropout": "blocks.1.mlp.drop1 can't be spread over processes: dropout (p=0.1)",
     "latte's tokens": "was given 6 frames of 9 tokens",
+    "wan fastseq": "got 'fastseq', but it computes q, k, v from rows of the weights, but q and k are normalised",
+    "cogvideox ring": "got 'ring', but the text's tokens are keys too",
+    "cogvideox usp": "got 'usp', but the text's tokens are keys too",  # three heads: a ring of two
     "divisor": "sp_size: got 3, but there are 2 processes; allowed: a divisor of that: 1, 2",
     "block": "fusion: got 'block' with the method 'ring' for sp_size > 1",
     "attention": "sequence_parallel: got 'ring', but blocks of keys",

@@ -39,6 +39,12 @@ MODELS = {
     2: (*FIRST, "dit-qk-norm", "sit-odd", "latte-text", "latte-img", "lightningdit-qk-norm", "flux-schnell"),
     4: (*FIRST, "latte-img"),
 }
+# diffusers' models of videos: a way or two each, rotated and not, of three heads and of four.
+WITH_TEXT = ("wan", "cogvideox", "hunyuan-video")
+VIDEOS = {
+    2: ["wan/2/ulysses", "cogvideox-rotary/2/ulysses", "hunyuan-video/2/fastseq"],
+    4: ["wan/4/usp", "cogvideox/4/fastseq"],
+}
 
 
 def joint(name: str) -> bool:
@@ -46,11 +52,13 @@ def joint(name: str) -> bool:
 
 
 def methods_of(name: str) -> tuple[str, ...]:
-    if name.startswith("latte"):
-        return ("switch",)
     if joint(name):
         return JOINT
-    return METHODS + (REGATHER if name == "dit" else ())
+    if name.startswith("wan"):  # whose q and k are normalised over all heads
+        return ("ulysses", "ring", "usp")
+    if name.startswith(("cogvideox", "hunyuan")):  # whose text attends too, to all keys; usp of 3 heads is a ring
+        return (*METHODS[:3], *(("usp", *REGATHER) if name == "cogvideox-rotary" else ()))
+    return ("switch",) if name.startswith("latte") else METHODS + (REGATHER if name == "dit" else ())
 
 
 def sizes(world: int) -> list[int]:
@@ -60,7 +68,8 @@ def sizes(world: int) -> list[int]:
 def names(world: int) -> list[str]:
     found = [(name, sp, m) for name in MODELS[world] for sp in sizes(world) for m in methods_of(name)]
     some = {name: JOINT_WAYS[world].get(name, ()) if joint(name) else SOME_WAYS[world] for name in MODELS[world]}
-    return ["/".join(map(str, c)) for c in found if c[0] in ALL_WAYS or c[1:] in some[c[0]]]
+    some |= {name: () for name in some if name.startswith(WITH_TEXT)}
+    return ["/".join(map(str, c)) for c in found if c[0] in ALL_WAYS or c[1:] in some[c[0]]] + VIDEOS[world]
 
 
 def cases(world: int) -> dict[str, Any]:
@@ -108,7 +117,8 @@ def every_case(world: int) -> dict[str, Any]:
 
 
 def _every_method(world: int, name: str, sp: int) -> dict[str, tuple[float, float, str]]:
-    methods = methods_of(name) if name.startswith("latte") or joint(name) else METHODS + REGATHER
+    limited = name.startswith(("latte", *WITH_TEXT)) or joint(name)
+    methods = methods_of(name) if limited else METHODS + REGATHER
     found = {}
     for method in methods:
         for how, errors in _case(world, name, str(sp), method, every=True).items():

@@ -125,6 +125,29 @@ def test_output_dtypes(spec: KernelSpec, device: torch.device) -> None:
                 assert all(o.is_contiguous() for o in outputs)
 
 
+def test_a_residual_of_another_dtype_than_its_gate(device: torch.device) -> None:
+    gating = SPECS["gate_residual"]
+    for dtype, gate, asked in ((BF16, F32, BF16), (F32, BF16, F16), (F16, F32, F32)):
+        check(gating, Case(2, 5, 12, dtype, gate, kwargs={"residual_dtype": asked}), device)
+        kw = make_inputs(FUSED, Case(2, 5, 12, dtype, gate, FUSED.optional()), device)
+        found = {}
+        for backend in ("triton", "reference"):
+            options = {"backend": backend, "residual_dtype": asked}
+            outputs = FUSED.fn(**kw, **options)
+            assert [o.dtype for o in outputs] == [asked, F32]
+            in_turn = gating.fn(kw["x"], kw["y"], kw["gate"], **options)
+            affine = {name: kw[name] for name in ("shift", "scale", "weight", "bias")}
+            in_turn = in_turn, SPECS["layernorm_modulate"].fn(in_turn, **affine, out_dtype=F32, backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(outputs, in_turn, strict=True))
+            ones = [torch.ones_like(o) for o in outputs]
+            found[backend] = gradients(outputs, kw, ones)
+            for name, expected in gradients(in_turn, kw, ones).items():
+                torch.testing.assert_close(found[backend][name], expected, rtol=2e-2, atol=2e-2)
+    for spec in (gating, FUSED):
+        refused(spec, ValueError, "residual_dtype", "int32", residual_dtype=torch.int32)
+        refused(spec, TypeError, "residual_dtype", "float16", residual_dtype="float16")
+
+
 def test_repeats_are_bit_identical(spec: KernelSpec, device: torch.device) -> None:
     runs = 1000 if device.type == "cuda" else 3
     B, L, D = (3, 1021, 1152) if device.type == "cuda" else (2, 70, 24)

@@ -23,13 +23,19 @@ each_model = pytest.mark.parametrize(
 first_of_each_family = pytest.mark.parametrize(
     "tiny", list({t.family: t for t in reversed(TINY)}.values()), ids=lambda t: t.name
 )
-compiled_of_each_family = pytest.mark.parametrize(
-    "tiny",  # compiling takes long; what SD3's blocks are made of, Flux's are too
-    [
-        pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.family == "diffusers_sd3" else [])
-        for t in {t.family: t for t in reversed(TINY)}.values()
-    ],
-)
+
+
+def _first_but(*slow: str):
+    firsts = {t.family: t for t in reversed(TINY)}.values()
+    return pytest.mark.parametrize(
+        "tiny", [pytest.param(t, id=t.name, marks=[pytest.mark.slow] if t.name in slow else []) for t in firsts]
+    )
+
+
+# Compiling takes long. Of diffusers' models of videos, one that is compiled in two ways is enough for the default run,
+# and what SD3's blocks are made of, Flux's are too.
+compiled_ones = _first_but("cogvideox", "hunyuan-video", "sd3")
+compiled_otherwise = _first_but("cogvideox", "hunyuan-video", "wan", "sd3")
 
 
 def accelerated(model: nn.Module, **cfg) -> nn.Module:
@@ -89,7 +95,7 @@ def total(errors: dict[str, float]) -> float:
     return (sum(e * e for e in errors.values()) / len(errors)) ** 0.5
 
 
-SUBLAYERS = ("attn", "attn1", "attn2", "mlp", "ff", "ff_context")
+SUBLAYERS = ("attn", "attn1", "attn2", "mlp", "ff", "ffn", "ff_context")
 
 
 @each_model
@@ -100,7 +106,7 @@ def test_plan_covers_every_block(tiny: Tiny):
     changed = {edit.fqn for edit in plan.edits}
     for name, block in families()[tiny.family].blocks_of(model):
         sublayers = [s for s in SUBLAYERS if getattr(block, s, None) is not None]
-        assert len(sublayers) >= (1 if hasattr(block, "proj_mlp") else 2)  # which is the MLP beside attention, in Flux
+        assert len(sublayers) >= (1 if hasattr(block, "proj_mlp") else 2)  # whose linears stand in the block itself
         assert {name, *(f"{name}.{s}" for s in sublayers)} <= changed, f"left as it was: {plan.kept}"
 
 
@@ -218,7 +224,7 @@ def test_gradient_checkpointing_of_the_blocks(tiny: Tiny):
     assert relative_errors(run(checkpointed, tiny), expected) == dict.fromkeys(expected, 0.0)
 
 
-@compiled_of_each_family
+@compiled_ones
 def test_compile_after(tiny: Tiny):
     model = build(tiny)
     expected = run(model, tiny)
@@ -227,7 +233,7 @@ def test_compile_after(tiny: Tiny):
     assert error <= 1e-5, name
 
 
-@compiled_of_each_family
+@compiled_otherwise
 def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     model = build(tiny)
     expected = run(model, tiny)
@@ -236,7 +242,7 @@ def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     assert error <= 1e-5, name
 
 
-@compiled_of_each_family
+@compiled_otherwise
 def test_compile_before(tiny: Tiny):
     graphs = []
 
@@ -261,7 +267,7 @@ def strip_prefix(results):
     return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
 
 
-@compiled_of_each_family
+@compiled_ones
 def test_compile_field_compiles_each_block_and_restore_undoes_it(tiny: Tiny, monkeypatch):
     calls = []
     original = nn.Module.compile

@@ -961,6 +961,141 @@ def the_last_norm_without_a_shift(model):
     becomes(model.norm_out, forward)
 
 
+# -- videos: Wan, CogVideoX, HunyuanVideo ------------------------------------------------------------------------------
+
+
+@miss("wan", left="blocks.1", fused="blocks.0")
+@miss("cogvideox", left="transformer_blocks.1", fused="transformer_blocks.0")
+@miss("hunyuan-video", left="single_transformer_blocks.1", fused="single_transformer_blocks.0 transformer_blocks.1")
+def subclass_of_a_video_block(model):
+    name = next(n for n in ("blocks", "single_transformer_blocks", "transformer_blocks") if hasattr(model, n))
+    block = getattr(model, name)[1]
+    super_forward = type(block).forward
+
+    def forward(self, *args, **kwargs):
+        out = super_forward(self, *args, **kwargs)
+        return tuple(0.5 * part for part in out) if isinstance(out, tuple) else 0.5 * out
+
+    becomes(block, forward)
+
+
+@miss("wan", left="blocks.1.attn1", fused="blocks.1 blocks.1.attn2")
+@miss("cogvideox", left="transformer_blocks.1.attn1", fused="transformer_blocks.1")
+@miss("hunyuan-video", left="transformer_blocks.1.attn", fused="transformer_blocks.1")
+def video_attention_with_a_processor_of_ones_own(model):
+    attn = _attention(model)
+
+    class Doubling(type(attn.processor)):
+        def __call__(self, *args, **kwargs):
+            out = super().__call__(*args, **kwargs)
+            return tuple(2 * part for part in out) if isinstance(out, tuple) else 2 * out
+
+    attn.set_processor(Doubling())
+
+
+@miss("wan", left="blocks.1.attn1")
+@miss("cogvideox", left="transformer_blocks.1.attn1")
+@miss("hunyuan-video", left="transformer_blocks.1.attn")
+def subclass_of_a_video_attention(model):
+    attn = _attention(model)
+    super_forward = type(attn).forward
+
+    def forward(self, *args, **kwargs):
+        out = super_forward(self, *args, **kwargs)
+        return tuple(-part for part in out) if isinstance(out, tuple) else -out
+
+    becomes(attn, forward)
+
+
+@miss("wan", fused="blocks.1.attn1")
+@miss("hunyuan-video", fused="transformer_blocks.1.attn")
+def video_attention_with_other_norms(model):
+    attn = _attention(model)
+    attn.norm_q = nn.LayerNorm(attn.norm_q.weight.shape[0], bias=False)
+    attn.norm_k = nn.Identity()
+
+
+@miss("cogvideox", fused="transformer_blocks.1.attn1")
+def joint_attention_without_norms(model):
+    model.transformer_blocks[1].attn1.norm_q = model.transformer_blocks[1].attn1.norm_k = None
+
+
+@miss("wan", fused="blocks.1")
+def video_norms_with_other_eps(model):
+    model.blocks[1].norm1.eps, model.blocks[1].norm3.eps = 1e-1, 1e-2
+
+
+@miss("wan", left="blocks.1", alters=False)
+def video_norm_of_torch(model):
+    model.blocks[1].norm3 = nn.LayerNorm(36, eps=1e-6, elementwise_affine=False)
+
+
+@miss("wan", left="blocks.1")
+def video_norm_by_root_mean_square(model):
+    model.blocks[1].norm2 = nn.RMSNorm(36)
+
+
+@miss("wan", fused="blocks.1")
+def no_norm_before_the_text(model):
+    model.blocks[1].norm2 = nn.Identity()
+
+
+@miss("wan", left="blocks.1.ffn", fused="blocks.1")
+def video_feed_forward_with_a_gate(model):
+    from diffusers.models.attention import FeedForward
+
+    model.blocks[1].ffn = FeedForward(36, activation_fn="geglu")
+
+
+@miss("cogvideox", left="transformer_blocks.1.ff", fused="transformer_blocks.1")
+def joint_feed_forward_with_another_linear(model):
+    model.transformer_blocks[1].ff.net.append(nn.Linear(48, 48))
+
+
+@miss("cogvideox", fused="transformer_blocks.1.ff", alters=False)
+def joint_feed_forward_without_its_last_dropout(model):
+    del model.transformer_blocks[1].ff.net[3]
+
+
+@miss("cogvideox", left="transformer_blocks.1")
+def joint_norm_of_another_class(model):
+    norm = model.transformer_blocks[1].norm2
+    super_forward = type(norm).forward
+    becomes(norm, lambda self, x, e, temb: super_forward(self, 2 + x * x, e, temb))
+
+
+@miss("cogvideox", fused="transformer_blocks.1")
+def joint_norms_with_another_eps(model):
+    model.transformer_blocks[1].norm1.norm.eps = 1e-1
+
+
+@miss("cogvideox", fused="transformer_blocks.1")
+def joint_modulation_by_gelu(model):
+    model.transformer_blocks[1].norm1.silu = nn.GELU()
+
+
+@miss("hunyuan-video", left="single_transformer_blocks.1", fused="single_transformer_blocks.1.attn")
+def single_block_with_relu(model):
+    model.single_transformer_blocks[1].act_mlp = nn.ReLU()
+
+
+@miss("hunyuan-video", fused="single_transformer_blocks.1")
+def single_block_with_exact_gelu(model):
+    model.single_transformer_blocks[1].act_mlp = nn.GELU()
+
+
+@miss("hunyuan-video", left="transformer_blocks.1")
+def double_block_with_a_root_mean_square_norm(model):
+    model.transformer_blocks[1].norm2_context = nn.RMSNorm(48)
+
+
+def _attention(model):
+    if hasattr(model, "blocks"):
+        return model.blocks[1].attn1
+    block = model.transformer_blocks[1]
+    return getattr(block, "attn1", None) or block.attn
+
+
 def test_they_are_many():
     assert len(MISSES) >= 50
     families = {"dit", "latte", "diffusers_dit", "diffusers_pixart", "lightningdit"}
@@ -969,11 +1104,14 @@ def test_they_are_many():
 
 
 def _params():
-    """Of diffusers' Latte, whose blocks are PixArt's, only what is its own is in the default run."""
-    shared = {m.make for m in MISSES if m.base == "pixart"}
+    """Of diffusers' Latte, whose blocks are PixArt's, the default run has what is its own; of models of videos too."""
+    shared = {base: {m.make for m in MISSES if m.base == base} for base in ("pixart", "wan")}
+    first = {"diffusers-latte": "pixart", "cogvideox": "wan", "hunyuan-video": "wan"}
     for m in MISSES:
         again = m.base == "diffusers-latte" and m.make in shared
         yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again or m.slow else [])
+        again = m.base in first and m.make in shared[first[m.base]]
+        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again else [])
 
 
 @pytest.mark.parametrize("case", _params())

@@ -57,7 +57,7 @@ class RotaryAttention(DispatchedAttention):
         if reason is not None:
             return self._upstream(reason, x, rope=rope)
         if self._in_parts_of_a_sequence():
-            out = self._spread(x, self.num_heads, partial(self._normalise_and_turn, turns))
+            out = self._spread(x, self.num_heads, normalise=partial(self._normalise_and_turn, turns))
         else:
             q, k, v = self._project(x)
             q, k = self._normalise_and_turn(turns, q, k, 0)
