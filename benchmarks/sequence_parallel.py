@@ -175,7 +175,7 @@ class Layer(nn.Module):
             self.heads,
             self.project,
             Projection((self.qkv.weight,), (self.qkv.bias,), None),
-            lambda q, k: (q, k),
+            lambda q, k, first: (q, k),
             attend,
             Pair(blockwise.forward, blockwise.backward),
         )

@@ -80,10 +80,21 @@ class Layer(nn.Module):
             self.heads,
             self.project,
             Projection(weights, biases, None),
-            lambda q, k: (q, k),
+            turned,
             attend,
             Pair(blockwise.forward, blockwise.backward),
         )
+
+
+def turned(q: Tensor, k: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """q and k [B, L, H, 2] turned by their tokens' positions, which begin at `first`."""
+    angles = torch.arange(first, first + q.shape[1], dtype=q.dtype)[:, None]
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.unbind(-1)
+        return torch.stack([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    return turn(q), turn(k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +107,8 @@ def _error(method: str, sp: int, heads: int, tokens: int, batch: int, packed: bo
     x = torch.randn(batch, tokens, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(batch, tokens, 2 * heads, dtype=torch.float64)
     leaves = [x, *layer.parameters()]
-    out = attend(*layer.project(x)).flatten(2)
+    q, k, v = layer.project(x)
+    out = attend(*turned(q, k, 0), v).flatten(2)
     expected = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
 
     name = method.split("-")[0]
