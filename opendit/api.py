@@ -249,7 +249,9 @@ def restore(model: ModelT) -> ModelT:
     if known is not None and known.engine is not None:
         wrapper = known.model()
         model = cast(ModelT, known.engine.undo(wrapper) if wrapper is not None else target)
-    lowered.check(target)
+    plan = core.plan_of(target)
+    if plan is not None and plan.choices.sampling is not None:
+        lowered.check(target, plan.choices.sampling.weights)
     core.unapply(target)
     lowered.give_back(target)
     training.forget(target)

@@ -58,8 +58,13 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def check(model: nn.Module) -> None:
-    """Raises `ValueError` where `give_back` could not give back all."""
+def check(model: nn.Module, weights: str) -> None:
+    """Raises `ValueError` where `give_back` could not give back all that `lower(model, weights)` rounded."""
+    if weights in DTYPES and model not in _originals:
+        raise ValueError(
+            f"model: it is a copy of one whose weights were rounded to {weights}, and what they were is with the "
+            "original; allowed: the model that accelerate was given. Copy that before accelerate"
+        )
     gone = _originals.get(model, {}).keys() - dict(_tensors(model)).keys()
     if gone:
         raise ValueError(

@@ -264,7 +264,7 @@ _runs: WeakKeyDictionary[nn.Module, Steps] = WeakKeyDictionary()
 
 def steps_of(module: object) -> Steps | None:
     """The run that a module is in."""
-    if not _runs or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _runs:
         return None
     return _runs.get(module)  # type: ignore[call-overload]
 

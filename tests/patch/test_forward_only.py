@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import opendit
-from opendit.patch import adaln, forward_only
+from opendit.patch import adaln, core, forward_only
 from opendit.patch import block as block_file
 from tests.comparing import twin
 from tests.patch.plain_kernels import use_plain_kernels
 from tests.tiny_models import TINY, randomise
 
-BLOCKS = [tiny for tiny in TINY if tiny.whole and not tiny.slow]
+BLOCKS = [tiny for tiny in TINY if tiny.whole and not tiny.slow and tiny.name != "diffusers-affine"]
+IN_PARTS = ("dit-qk-norm",)  # what normalises q and k is not one function
 
 
 def sampled_model(tiny, monkeypatch, dtype=torch.float64) -> tuple[nn.Module, nn.Module, list[int]]:
@@ -46,15 +47,6 @@ def error(model: nn.Module, plain: nn.Module, tiny, dtype: torch.dtype) -> float
 def test_the_same_numbers(tiny, monkeypatch):
     plain, model, computed = sampled_model(tiny, monkeypatch)
     found = error(model, plain, tiny, torch.float64)
-    if computed[0] == 0:  # what can't be one function is computed in parts, for a reason that is told
-        assert "fused in parts" in " ".join(what for _, what in opendit.patch.core.notes(model))
+    said = " ".join(what for _, what in core.notes(model))
+    assert ("fused in parts" in said) == (tiny.name in IN_PARTS) == (computed[0] == 0)
     assert found <= 1e-12
-
-
-def test_most_kinds_of_blocks_can(monkeypatch):
-    able = []
-    for tiny in BLOCKS:
-        plain, model, computed = sampled_model(tiny, monkeypatch)
-        error(model, plain, tiny, torch.float64)
-        able += [tiny.name] if computed[0] else []
-    assert {"dit", "latte", "diffusers"} <= set(able)

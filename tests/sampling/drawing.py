@@ -37,16 +37,17 @@ def euler(
 ) -> Tensor:
     """Samples of those labels; noise is decided by a sample's number. Guided while t is within the interval."""
     numbers = range(len(labels)) if numbers is None else numbers
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
+    dtype, device = like.dtype, like.device
     noise = [torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in numbers]
-    x = torch.stack(noise).to(torch.float32 if dtype == torch.bfloat16 else dtype)
-    y = torch.tensor(labels)
+    x = torch.stack(noise).to(device, torch.float32 if dtype == torch.bfloat16 else dtype)
+    y = torch.tensor(labels, device=device)
     both = torch.cat([y, torch.full_like(y, 5)])
     for t, after in zip(times, [*times[1:], 0.0], strict=True):
         if within[0] <= t <= within[1]:
-            cond, null = model(torch.cat([x, x]), torch.full((2 * len(x),), t), both).chunk(2)
+            cond, null = model(torch.cat([x, x]), torch.full((2 * len(x),), t, device=device), both).chunk(2)
             v = null + scale * (cond - null)
         else:
-            v = model(x, torch.full((len(x),), t), y)
+            v = model(x, torch.full((len(x),), t, device=device), y)
         x = x - (t - after) / 1000 * v
     return x

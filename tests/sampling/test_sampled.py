@@ -65,6 +65,16 @@ def test_a_weight_that_was_written_to_since_is_kept(caplog):
     assert "1 tensors were written to" in caplog.text
 
 
+def test_copies_compute_the_same_and_know_no_way_back():
+    model = opendit.accelerate(user_dit(), "sample")
+    other = copy.deepcopy(model)
+    with torch.no_grad(), opendit.sampling(other, TIMES):
+        assert torch.equal(other(*inputs()), model(*inputs()))
+    with pytest.raises(ValueError, match="it is a copy of one whose weights were rounded"):
+        opendit.restore(other)
+    opendit.restore(model)
+
+
 def test_a_failed_call_leaves_the_weights(monkeypatch):
     model = user_dit()
     before = copy.deepcopy(model.state_dict())
