@@ -294,7 +294,7 @@ def model_with_fused_scaled(model: nn.Module) -> nn.Module:
 
 
 # Of diffusers' own, its DiT refuses to be offloaded in groups; in one PixArt norms have weights to be loaded.
-OFFLOADED = [t for t in TINY if t.name in ("pixart", "pixart-sizes", "diffusers-latte")]
+OFFLOADED = [t for t in TINY if t.name in ("pixart", "pixart-sizes", "diffusers-latte", "sd3.5", "flux")]
 
 
 @pytest.mark.parametrize("tiny", OFFLOADED, ids=lambda t: t.name)
@@ -318,9 +318,13 @@ def test_group_offload(tiny: Tiny, kind: str, order: str, tmp_path):
             opendit.accelerate(fast)
         for _ in range(2):
             torch.testing.assert_close(fast(x, **more).sample, expected, rtol=1e-4, atol=1e-4)
-    if order == "after":
-        with pytest.raises(ValueError, match="was replaced after accelerate"):
-            opendit.restore(fast)
+        if order == "after" and not any(isinstance(m, Patched) and "forward" in m.__dict__ for m in fast.modules()):
+            # Leaf by leaf, where nothing that was changed is a leaf: hooks call nothing that restore removes.
+            torch.testing.assert_close(opendit.restore(fast)(x, **more).sample, expected, rtol=1e-4, atol=1e-4)
+            assert tiny.name in ("sd3.5", "flux")
+        elif order == "after":
+            with pytest.raises(ValueError, match="was replaced after accelerate"):
+                opendit.restore(fast)
 
 
 def test_accelerating_what_is_offloaded_leaf_by_leaf_is_refused(tmp_path):
