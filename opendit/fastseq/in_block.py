@@ -1,10 +1,11 @@
 """Attention over processes without autograd, for a block that writes its own backward.
 
     ulysses   qkv = h·Wᵀ + b [B, l, 3, H, K] ─ all-to-all ► q, k, v [B, L, n, K] → a [B, L, n, K] ─ all-to-all ► o
-    fastseq   h ─ all-gather ► X [B, L, D] → q, k, v = X·W_jᵀ + b_j of the local heads → a ─ all-to-all ► o
+    fastseq   h ─ all-gather ► X [B, L, D] → qkv = X·Vᵀ + c [B, L, 3, n, K] → a ─ all-to-all ► o
 
-h [B, l, D] of the local tokens, W [3·H·K, D], b [3·H·K], o [B, l, H·K]; n of the H heads are local. In the backward the
-same ways are gone the other way round. Ulysses gives dqkv of the local tokens, from which the caller computes dh and dW
+h [B, l, D] of the local tokens, W [3·H·K, D], b [3·H·K], o [B, l, H·K]; n of the H heads are local, and V, c are their
+rows of W and b, laid together: one product instead of three costs a copy of a few MB. In the backward the same ways are
+gone the other way round. Ulysses gives dqkv of the local tokens, from which the caller computes dh and dW
 as without processes; FastSeq gives dh, dW and db itself, dW and db zero in the rows of others' heads.
 """
 
@@ -29,11 +30,13 @@ METHODS = ("fastseq", "ulysses")
 
 class Attend(NamedTuple):
     """Attention of whole sequences, every tensor [B, L, n, K]: forward(q, k, v) gives out and what the backward needs,
-    backward(dout, q, k, v, out, what it needs) gives dq, dk, dv.
+    backward(dout, q, k, v, out, what it needs) gives dq, dk, dv; pack(dq, dk, dv, wanted), of [M, n·K] each, gives
+    [M, 3, n·K] and, where wanted, its sums over M, in fp32 at least.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Several[Tensor]], tuple[Tensor, Tensor, Tensor]]
+    pack: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Gradients(NamedTuple):
@@ -58,15 +61,15 @@ def forward(
     length = total_length(local, sequence.size)
     kept: list[Tensor] = []
     if sequence.method == "ulysses":
-        rows = h.reshape(B * local, D)
-        qkv = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        tokens = h.reshape(B * local, D)
+        qkv = torch.mm(tokens, weight.t()) if bias is None else torch.addmm(bias, tokens, weight.t())
         q, k, v = heads_first(qkv.view(B, local, 3, heads, -1).unbind(2), line, length)
     else:
-        rows_of = _rows(heads, sequence)
-        biases = [] if bias is None else rows_of.cut([bias])
+        rows = _rows(heads, sequence)
+        biases = [] if bias is None else [_laid_together(bias, rows)]
         run = project._forward_overlapped if overlaps(h, sequence) else project._forward
-        X, outs = run(h, rows_of.cut([weight]), biases, line, length)
-        q, k, v = (out.view(B, length, rows_of.here, -1) for out in outs)
+        X, (qkv,) = run(h, [_laid_together(weight, rows)], biases, line, length)
+        q, k, v = qkv.view(B, length, 3, rows.here, -1).unbind(2)
         kept.append(h if sequence.regather else X)
     a, more = attend.forward(q, k, v)
     return tokens_first((a,), heads, line, local)[0].flatten(2), [*kept, q, k, v, a, *more]
@@ -77,7 +80,7 @@ def backward_through_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv [B, L, n, K] of the local heads, from do [B, l, H·K] of the local tokens."""
     q, k, v, a, *more = saved
-    (da,) = heads_first((do.unflatten(2, (heads, -1)),), sequence.line("sp"), q.shape[1])
+    (da,) = heads_first((do.view(*do.shape[:2], heads, -1),), sequence.line("sp"), q.shape[1])
     return attend.backward(da, q, k, v, a, more)
 
 
@@ -100,18 +103,27 @@ def fastseq_backward(
     """The gradients; dweight and dbias are memory for theirs, None where they are not wanted."""
     X, *saved = saved
     line, local = sequence.line("sp"), do.shape[1]
-    grads = [g.flatten(2) for g in backward_through_heads(do, saved, heads, sequence, attend)]
+    dq, dk, dv = backward_through_heads(do, saved, heads, sequence, attend)
+    B, length = dq.shape[:2]
+    dq, dk, dv = (g.reshape(B * length, -1) for g in (dq, dk, dv))
+    packed, sums = attend.pack(dq, dk, dv, dbias is not None)
     rows, overlapped = _rows(heads, sequence), overlaps(do, sequence)
     if sequence.regather and not overlapped:
-        X = in_order(ops.gather(X, line))[:, : grads[0].shape[1]]
-    dweights: list[Tensor | None] = [None] * 3 if dweight is None else [*rows.cut([dweight.zero_()])]
+        X = in_order(ops.gather(X, line))[:, :length]
+    V = _laid_together(weight, rows)
+    dV = None if dweight is None else torch.zeros_like(V, dtype=dweight.dtype)
     run = project._backward_overlapped if overlapped else project._backward
-    dh = run(grads, X, rows.cut([weight]), dweights, line, local, True)
+    dh = run([packed.view(B, length, -1)], X, [V], [dV], line, local, True)
     assert dh is not None
-    if dbias is not None:
-        for part, g in zip(rows.cut([dbias.zero_()]), grads, strict=True):
-            part.copy_(g.sum((0, 1), dtype=torch.promote_types(g.dtype, torch.float32)))
+    for whole, own in ((dweight, dV), (dbias, sums)):
+        if whole is not None and own is not None:
+            for to, part in zip(rows.cut([whole.zero_()]), own.chunk(3), strict=True):
+                to.copy_(part)
     return Gradients(dh, dweight, dbias)
+
+
+def _laid_together(parameter: Tensor, rows: Rows) -> Tensor:
+    return torch.cat(rows.cut([parameter]))
 
 
 def _rows(heads: int, sequence: Sequence) -> Rows:

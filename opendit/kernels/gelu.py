@@ -45,7 +45,7 @@ class Tile:
 # Elements that a forward program takes, and the backward's launch, as measured on Hopper. The interpreter's time goes
 # into programs, not into elements.
 FORWARD_BLOCK = 16384 if INTERPRETING else 1024
-BACKWARD = Tile(64, 512, 4, 4, 1) if INTERPRETING else Tile(1, 512, 1152, 4, 1)
+BACKWARD = Tile(64, 512, 4, 4, 1) if INTERPRETING else Tile(1, 512, 2304, 2, 2)
 
 
 @triton.jit

@@ -197,6 +197,7 @@ class FusedAdaLN(Patched):
             dtype=dtype,
             counts=tuple(len(group) for group in groups),
             fp8=self._opendit_fp8 and self._in_fp8(x, dtype, D, 3 * inner, mlp_parts.fc1.out_features),
+            wide=lower is not None and x.dtype == lower and self._opendit_residual == "bf16",
             sequence=sequence,
         )
         return adaln_block(x, c, groups, static, self._opendit_graphs)

@@ -70,7 +70,7 @@ _GRADIENTS = ("x", "c", *PARAMETERS)
 
 class Static(NamedTuple):
     """What of a call is no tensor. `counts`: how many tensors each of PARAMETERS is; `fp8`: products in 8 bits;
-    `sequence`: how the tokens are spread over processes, if they are.
+    `wide`: r and its gradient are fp32, whatever x is; `sequence`: how tokens are spread over processes, if they are.
     """
 
     heads: int
@@ -82,6 +82,7 @@ class Static(NamedTuple):
     dtype: torch.dtype
     counts: tuple[int, ...]
     fp8: bool = False
+    wide: bool = False
     sequence: Spread | None = None
 
     @property
@@ -94,7 +95,8 @@ class Static(NamedTuple):
         """Attention of sequences that are whole here."""
         return in_block.Attend(
             lambda q, k, v: two_pass.forward(q, k, v, self.attention),
-            lambda *tensors: two_pass.backward(*tensors, self.attention),
+            lambda da, q, k, v, a, more: two_pass.backward(da, q, k, v, a, more, self.attention),
+            lambda dq, dk, dv, want_sum: packing.pack_qkv(dq, dk, dv, want_sum),
         )
 
 
@@ -191,8 +193,13 @@ def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
     return norm.forward_fake(*inputs)
 
 
-def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
-    return fused.forward_fake(*inputs)
+def _fused_fake(*inputs: Any, scale8: Tensor | None = None, residual: Tensor | None = None) -> Any:
+    outputs = fused.forward_fake(*inputs)
+    return outputs if residual is None else (residual, *outputs[1:])
+
+
+def _gate_fake(*inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+    return gating.forward_fake(*inputs) if residual is None else residual
 
 
 class _Launch:
@@ -212,7 +219,7 @@ class _Fake:
     quantize = staticmethod(fp8.quantize_rows_fake)
     gelu8 = staticmethod(fp8.gelu_rows_fake)
     gelu = staticmethod(activation.forward_fake)
-    gate = staticmethod(gating.forward_fake)
+    gate = staticmethod(_gate_fake)
 
 
 class _Forward:
@@ -256,8 +263,10 @@ class _Forward:
                 self.h_a, qkv_w, qkv_b, static.heads, static.sequence, static.attend
             )
         self.y_a = _linear(self.o.view(M, -1), proj_w.t(), proj_b).view(B, L, D)
+        # Rounded in the middle of a block too, a bf16 stream would lose twice as much.
+        r = x.new_empty(x.shape, dtype=torch.float32) if static.wide else None
         self.r, self.h_m, self.mean_m, self.rstd_m = run.fused(
-            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, **rows_m
+            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, **rows_m, residual=r
         )
         self.p = product(self.h_m.view(M, D), w1, b1, **rows_m)
         if static.fp8:
@@ -266,6 +275,8 @@ class _Forward:
         else:
             self.g = run.gelu(self.p, static.tanh)
             self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
+        if static.wide and out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.out = run.gate(self.r, self.y_m, gate_m, **({} if out is None else {"residual": out}))
 
     def saved(self, keep: str, static: Static) -> list[Tensor]:
@@ -389,7 +400,7 @@ def backward(
         None,
         s["mean_m"],
         s["rstd_m"],
-        x.dtype,
+        torch.float32 if static.wide else x.dtype,
         torch.float32,
         [True, True, modulated, modulated],
         want_sum=want["proj_b"],
@@ -605,8 +616,9 @@ def _operator(
     dtype: torch.dtype,
     counts: list[int],
     in_fp8: bool,
+    wide: bool,
 ) -> list[Tensor]:
-    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8)
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8, wide)
     with torch.cuda.device_of(x):
         out, saved = forward(x, c, grouped(flat, counts), static)
     return [out, *saved]
@@ -635,10 +647,11 @@ def _operator_backward(
     dtype: torch.dtype,
     counts: list[int],
     in_fp8: bool,
+    wide: bool,
     wants: list[bool],
 ) -> list[Tensor]:
     """The wanted gradients, in the order of (x, c, *PARAMETERS)."""
-    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8)
+    static = Static(heads, eps_a, eps_m, tanh, attention, keep, dtype, tuple(counts), in_fp8, wide)
     with torch.cuda.device_of(x):
         grads = backward(dout, x, c, grouped(flat, counts), saved, static, wants)
     return [grads[name] for name in _GRADIENTS if name in grads]
@@ -646,7 +659,7 @@ def _operator_backward(
 
 @_operator_backward.register_fake
 def _(dout: Tensor, x: Tensor, c: Tensor, flat: list[Tensor], saved: list[Tensor], *more: Any) -> list[Tensor]:
-    counts, _, wants = more[-3:]
+    counts, _, _, wants = more[-4:]
     return [like.new_empty(like.shape) for like in _likes(x, c, grouped(flat, counts), wants).values()]
 
 

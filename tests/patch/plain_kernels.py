@@ -47,8 +47,8 @@ def norm_backward(
     return dx if into is None else into.copy_(dx), sums.to(sums_dtype)
 
 
-def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype):
-    residual = gate_residual(x, y, gate)
+def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype, residual=None):
+    residual = gate_residual(x, y, gate, residual)
     return residual, *norm(residual, shift, scale, weight, bias, eps, out_dtype)
 
 
@@ -82,8 +82,8 @@ def fused_backward(
 
 def gate_residual(x, y, gate, residual=None):
     wide_x, wide_y, wide_gate = wide(x, y, gate)
-    out = (wide_x + wide_gate[:, None] * wide_y).to(torch.promote_types(x.dtype, y.dtype))
-    return out if residual is None else residual.copy_(out)
+    out = wide_x + wide_gate[:, None] * wide_y
+    return out.to(torch.promote_types(x.dtype, y.dtype)) if residual is None else residual.copy_(out)
 
 
 def gate_backward(dr, y, gate, dy, sums, want_dgate, *_):

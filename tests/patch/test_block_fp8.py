@@ -139,7 +139,7 @@ def test_under_compile(keep: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     flat = [p for name in PARAMETERS for p in leaves[name]]
     static = (case.H, *case.eps, case.tanh, case.attention, keep, case.compute)
-    arguments = (leaves["x"][0], leaves["c"][0], flat, *static, [len(leaves[name]) for name in PARAMETERS], True)
+    arguments = (leaves["x"][0], leaves["c"][0], flat, *static, [len(leaves[name]) for name in PARAMETERS], True, False)
     torch.library.opcheck(sound._operator, arguments)
 
 
