@@ -75,7 +75,8 @@ def joint_attention(
 
 def _without_padding(x: Tensor, row: int, lengths: Many[int], here: Many[int]) -> Tensor:
     """[B, row·Σ l_j, …] of a row's parts → [B, Σ here_j, …]: one sequence's real tokens after the other's."""
-    parts = x.view(len(x), row, -1, *x.shape[2:]).split(list(lengths), 2)  # type: ignore[no-untyped-call]
+    whole = x.view(len(x), row, sum(lengths), *x.shape[2:])  # which may be of no heads
+    parts = whole.split(list(lengths), 2)  # type: ignore[no-untyped-call]
     return torch.cat([part.flatten(1, 2)[:, :n] for part, n in zip(parts, here, strict=True)], 1)
 
 

@@ -241,7 +241,8 @@ def plan_joint_attention(planner: Planner, name: str, attn: Any) -> None:
         planner.keep(name, f"its processor is {type(attn.processor).__name__}")
         return
     width = attn.to_q.weight.shape[1]
-    added = None if attn.add_q_proj is None else attn.add_q_proj.weight.shape[1]
+    add_q_proj = getattr(attn, "add_q_proj", None)  # absent in older versions where it is None now
+    added = None if add_q_proj is None else add_q_proj.weight.shape[1]
 
     def inputs(rows: int, length: int, others: int) -> Inputs:
         def make(dtype: torch.dtype) -> tuple[Any, ...]:
