@@ -26,6 +26,7 @@ def test_latte_is_trained(monkeypatch, capsys):
     assert "x eager" in lines[1]
 
 
+@pytest.mark.slow  # the training benchmark's own tests show it of the same functions
 def test_a_wrong_kernel_gets_no_speed(monkeypatch, capsys):
     broken_once_accelerated(monkeypatch)
     assert smoke(monkeypatch, "--only", "latte") == 1

@@ -60,7 +60,9 @@ def test_bf16_weights(tiny: Tiny):
 
 
 @pytest.mark.parametrize(
-    "tiny", [t for t in TINY if t.name in ("dit", "diffusers-affine", "pixart")], ids=lambda t: t.name
+    "tiny",
+    [t for t in TINY if t.name in ("dit", "diffusers-affine", "pixart", "wan", "cogvideox")],
+    ids=lambda t: t.name,
 )
 @pytest.mark.parametrize("how", ["whole model", "blocks"])
 def test_compiled_by_inductor(tiny: Tiny, how: str):
