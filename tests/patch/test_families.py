@@ -38,6 +38,15 @@ compiled_ones = _first_but("cogvideox", "hunyuan-video", "sd3")
 compiled_otherwise = _first_but("cogvideox", "hunyuan-video", "wan", "sd3")
 
 
+@pytest.fixture
+def empty_compiler():
+    torch.compiler.reset()
+
+
+# What wraps the forwards of several of diffusers' models is one function, compiled at most eight times in a process.
+from_scratch = pytest.mark.usefixtures("empty_compiler")
+
+
 def accelerated(model: nn.Module, **cfg) -> nn.Module:
     return opendit.accelerate(twin(model), cfg)
 
@@ -225,6 +234,7 @@ def test_gradient_checkpointing_of_the_blocks(tiny: Tiny):
 
 
 @compiled_ones
+@from_scratch
 def test_compile_after(tiny: Tiny):
     model = build(tiny)
     expected = run(model, tiny)
@@ -234,6 +244,7 @@ def test_compile_after(tiny: Tiny):
 
 
 @compiled_otherwise
+@from_scratch
 def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
     model = build(tiny)
     expected = run(model, tiny)
@@ -243,6 +254,7 @@ def test_compile_after_with_interpreted_kernels(tiny: Tiny, interpreter):
 
 
 @compiled_otherwise
+@from_scratch
 def test_compile_before(tiny: Tiny):
     graphs = []
 
