@@ -40,6 +40,12 @@ LABELS = {
     "opendit compiled": '`torch.compile(accelerate(model, "train"))`',
     "opendit fp8": '`"train"` with `precision="fp8"`',
 }
+SAMPLING_LABELS = {
+    "torch.compile": "`torch.compile`",
+    "torch.compile CUDA graphs": '`torch.compile(mode="reduce-overhead")`',
+    "opendit step by step": '`accelerate(model, "sample")`',
+    "opendit": '`accelerate(model, "sample")` and `opendit.sampling`',
+}
 # Before there were recipes with more than one ingredient, "opendit" was accelerate(model).
 OLD_LABELS = LABELS | {
     "opendit": "`accelerate(model)` with the adaLN kernels alone",
@@ -87,6 +93,8 @@ class Record:
         return not self.is_step or (baseline(self.rows) is not None and ours)
 
     def label(self, row: Row) -> str:
+        if self.theme == "sampling":
+            return SAMPLING_LABELS.get(row["variant"], row["variant"])
         labels = LABELS if "booster" in row else OLD_LABELS
         return labels.get(row["variant"], row["variant"])
 

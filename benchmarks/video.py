@@ -11,7 +11,7 @@
 
     eager          the model as it is
     torch.compile  the whole model compiled
-    opendit        opendit.accelerate(model, "train", optimizer=optimizer), or accelerate(model, "sample")
+    opendit        opendit.accelerate(model, "train", optimizer=optimizer), or accelerate(model, {"compile": True})
 
 No speed-up is printed of what computes something else. Training: the first losses must be the first variant's, and
 gradients and losses as near to fp32's as bf16 autocast's (benchmarks/parity.py). Sampling: the output of two blocks at
@@ -45,6 +45,7 @@ from examples.models.latte import LATTE_MODELS, Latte
 from opendit.patch import core
 
 NAMES = ("eager", "torch.compile", "opendit")
+SAMPLED = {"compile": True}  # what stands between the kernels is fused too
 Row = dict[str, Any]
 
 
@@ -213,7 +214,7 @@ def sampling_rows(what: str, args: argparse.Namespace, device: torch.device) -> 
     errors: dict[str, float] = {}
     for name in args.variants:
         row: Row = {"part": "sample", "variant": name, "model": what, "batch": 1, "tokens": model.tokens}
-        row["booster"] = "sample" if name == "opendit" else None
+        row["booster"] = SAMPLED if name == "opendit" else None
         clean_up()
         guarded(row, partial(sample, model, name, args, device))
         if name == "opendit" and "ms" in row:
@@ -228,7 +229,7 @@ def prepared(model: nn.Module, name: str, smoke: bool = False) -> Any:
     if name == "torch.compile":
         return compiled(model)
     if name == "opendit":
-        opendit.accelerate(model, {} if smoke else "sample")
+        opendit.accelerate(model, {} if smoke else SAMPLED)
         plan = core.plan_of(model)
         assert plan is not None
         blocks = {fqn for fqn in plan.units if "block" in fqn}
