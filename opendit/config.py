@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, cast
+from typing import Any, Generic, Literal, TypeAlias, cast
 
 import torch
 from torch.optim import Optimizer
@@ -66,7 +66,10 @@ class BoosterConfig(Generic[OptimizerT]):
             one compilation, so the first step comes much sooner than when the whole model is compiled.
         cuda_graphs: replay CUDA graphs of blocks that are fused as a whole, in training, where launches can be the
             limit (up to 2²⁶ elements of x [B, L, D]) and nobody holds what a replay would overwrite. Activations then
-            stay allocated between steps. With `sampling`: one graph of the model's whole forward for each input shape.
+            stay allocated between steps. With `sp_size` > 1 blocks hold collectives, and graphs of these must be gone
+            before the process group is destroyed, which would wait for them: they are made only for `"collectives"`,
+            and then call `opendit.restore(model)`, or drop the model, first. With `sampling`: one graph of the model's
+            whole forward for each input shape.
         sampling: the model samples and does not train: `opendit.sampling` and `opendit.calibrate` know it, its forward
             without gradients runs blocks that keep nothing for a backward, and a forward in training is an error.
         weights: with `sampling`, the dtype of parameters and floating buffers, which are replaced by rounded ones;
@@ -117,7 +120,7 @@ class BoosterConfig(Generic[OptimizerT]):
     kernels: str | Mapping[str, str] = "auto"
     attention: str = "auto"
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["collectives"] = False
     optimizer: OptimizerT = field(default=cast(Any, None))
     precision: str = "inherit"
     plugin: str | None = None
@@ -151,9 +154,10 @@ class BoosterConfig(Generic[OptimizerT]):
             )
         if not isinstance(self.attention, str):
             raise TypeError(f"attention: got {self.attention!r}; allowed: the name of an attention backend")
-        for name in ("compile", "cuda_graphs", "regather_input", "sampling", "cfg_parallel"):
+        for name in ("compile", "regather_input", "sampling", "cfg_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False")
+        _check_allowed("cuda_graphs", self.cuda_graphs, (True, False, "collectives"))
         if self.optimizer is not None and not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
             raise TypeError(
                 f"optimizer: got {type(self.optimizer).__name__}; allowed: a torch.optim.Optimizer, or a factory "
@@ -163,8 +167,8 @@ class BoosterConfig(Generic[OptimizerT]):
         if self.cuda_graphs and (self.compile or (self.fusion == "adaln" and not self.sampling)):
             other = "compile=True" if self.compile else "fusion='adaln'"
             raise ValueError(
-                f"cuda_graphs: got True with {other}; allowed: with blocks that are one function and not compiled. "
-                f"Leave {other} out, or cuda_graphs"
+                f"cuda_graphs: got {self.cuda_graphs!r} with {other}; allowed: with blocks that are one function and "
+                f"not compiled. Leave {other} out, or cuda_graphs"
             )
         if self.regather_input and self.sequence_parallel not in ("auto", "fastseq"):
             raise ValueError(

@@ -105,8 +105,8 @@ def _spread(
         return dataclasses.replace(choices, sequence=sequence)
     if cfg.precision == "fp8":
         raise ValueError(
-            "precision: got 'fp8' with sp_size > 1; allowed: 'bf16' and others. Blocks run in parts there, and "
-            "products in 8 bits are those of whole blocks"
+            "precision: got 'fp8' with sp_size > 1; allowed: 'bf16' and others. Products in 8 bits are "
+            "those of blocks that see whole sequences"
         )
     excluded: dict[str, str] = {}
     why: str | None = None
@@ -150,6 +150,10 @@ def _spread(
         if choices.graphs or choices.keep == "selective":
             why = f"blocks run in parts with the method {sequence.method}"
             planner.keep("blocks", f"no CUDA graphs and no selective checkpointing: {why}")
+    elif choices.graphs and cfg.cuda_graphs != "collectives":
+        choices = dataclasses.replace(choices, graphs=False)
+        why = "no process group ends before graphs of its collectives do; cuda_graphs='collectives' asks for them"
+        planner.keep("blocks", f"no CUDA graphs with sp_size > 1: {why}")
     return dataclasses.replace(choices, sequence=sequence)
 
 
@@ -259,8 +263,8 @@ def choose(cfg: BoosterConfig, model: nn.Module) -> Choices:
         fusion=cfg.fusion,
         residual=cfg.residual,
         keep=keep,
-        graphs=cfg.cuda_graphs and not cfg.sampling,
-        sampling=Sampling(cfg.weights, cfg.cuda_graphs, cfg.cfg_parallel) if cfg.sampling else None,
+        graphs=bool(cfg.cuda_graphs) and not cfg.sampling,
+        sampling=Sampling(cfg.weights, bool(cfg.cuda_graphs), cfg.cfg_parallel) if cfg.sampling else None,
         fp8=cfg.precision == "fp8",
     )
 

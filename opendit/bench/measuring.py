@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import statistics
@@ -160,7 +161,13 @@ class _Sampling:
             self.model, self.precision = self.model.bfloat16(), "fp32"  # no autocast, which would cast at every step
         self.net: Any = self.model
         if variant == "opendit":
-            self.net = opendit.accelerate(self.model, config, family=job.family)
+            asked = opendit.BoosterConfig.of(config)
+            # Own models run under autocast, whose fp32 stream is no measure for a model that is rounded throughout.
+            if precision == "fp32" or not job.low_weights:
+                asked = dataclasses.replace(asked, weights="inherit")
+            self.net = opendit.accelerate(self.model, asked, family=job.family)
+            if asked.weights != "inherit":
+                self.precision = "fp32"  # what is rounded needs no autocast
         elif variant == "torch.compile":
             # With CUDA graphs, which is the fastest that it gives.
             self.net = _compiled(self.model, mode="reduce-overhead" if job.device.type == "cuda" else None)

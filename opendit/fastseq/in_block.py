@@ -107,7 +107,9 @@ def fastseq_backward(
     B, length = dq.shape[:2]
     dq, dk, dv = (g.reshape(B * length, -1) for g in (dq, dk, dv))
     packed, sums = attend.pack(dq, dk, dv, dbias is not None)
-    rows, overlapped = _rows(heads, sequence), overlaps(do, sequence)
+    rows = _rows(heads, sequence)
+    # As the forward was, where the size of h decided; o may be wider or narrower.
+    overlapped = overlaps(X, sequence) if sequence.regather else X.dim() == 4
     if sequence.regather and not overlapped:
         X = in_order(ops.gather(X, line))[:, :length]
     V = _laid_together(weight, rows)

@@ -136,12 +136,19 @@ def _backward(
     rows = [g.flatten(0, 1) for g in dq]
     for g, dw in zip(rows, dweights, strict=True):
         if dw is not None:
-            dw.copy_(g.t() @ X.reshape(B * L, D))
+            dw.copy_(_weight_gradient(g, X.reshape(B * L, D), dw.dtype))
     if not need_dx:
         return None
     dX = _input_gradient(rows, weights).view(B, L, D)
     parts = F.pad(dX, (0, 0, 0, line.size * local - L)).view(B, line.size, local, D).transpose(0, 1)
     return ops.reduce_scatter(parts, line)
+
+
+def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """gᵀ·x, accumulated in fp32 and rounded once, to the weight's dtype where the device can."""
+    if g.is_cuda and dtype == torch.float32 and g.dtype != dtype and not torch.compiler.is_compiling():
+        return torch.mm(g.t(), x, out_dtype=dtype)
+    return g.t() @ x
 
 
 def _input_gradient(dq: list[Tensor], weights: list[Tensor]) -> Tensor:
@@ -205,7 +212,7 @@ def _backward_overlapped(
         x = next(parts)
         for g, dw in zip(rows, dweights, strict=True):
             if dw is not None:
-                dw.add_(g.t() @ x[:, :here].reshape(B * here, D))
+                dw.add_(_weight_gradient(g, x[:, :here].reshape(B * here, D), dw.dtype))
         ops.wait(works)
         total = part if arriving is None or part is None else part.add_(arriving)
     return total

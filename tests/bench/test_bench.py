@@ -92,6 +92,13 @@ def test_sampling_under_autocast_and_in_bf16_weights():
             assert row.per_s == pytest.approx(job.drawn / row.ms * 1e3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_recipe_for_sampling_is_judged_by_its_own_precision(precision: str):
+    for job in (bench.job_of_name("DiT-Tiny/4", 64, 2, CPU), bench.job_of_model("mine", for_verify(), CPU)):
+        rows = list(bench.measure(job, ("sample",), ("plain", "opendit"), precision=precision, repeats=1))
+        assert [row.refused for row in rows] == [None, None]
+
+
 def test_guidance_evaluates_every_sample_twice():
     job = bench.job_of_name("DiT-Tiny/4", 64, 3, CPU)
     assert evaluate(job.model.eval(), job.evaluated).shape == (6, 4, 8, 8)

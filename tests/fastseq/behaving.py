@@ -318,7 +318,7 @@ def lengths_in_flight(world: int) -> float:
 
     from opendit.fastseq import Sequence, methods
     from opendit.fastseq.collectives import gather_tokens, split_tokens
-    from tests.fastseq.fuzzing import Layer, attend
+    from tests.fastseq.fuzzing import Layer, attend, turned
 
     layer = Layer(4, packed=True)
     sequence = Sequence("fastseq", world)
@@ -331,7 +331,8 @@ def lengths_in_flight(world: int) -> float:
     found = [torch.autograd.grad((out**2).sum(), x)[0] for out, x in zip(reversed(outs), reversed(xs), strict=True)]
     worst_error = 0.0
     for grad, x in zip(reversed(found), xs, strict=True):
-        expected = torch.autograd.grad((attend(*layer.project(x)) ** 2).sum(), x)[0]
+        q, k, v = layer.project(x)
+        expected = torch.autograd.grad((attend(*turned(q, k, 0), v) ** 2).sum(), x)[0]
         worst_error = max(worst_error, ((grad - expected).norm() / expected.norm()).item())
     return worst_error
 

@@ -24,6 +24,16 @@ def test_mistakes_are_seen(case: str):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_heads_may_be_wider_than_tokens(world: int):
+    assert max(of_every_rank("tests.fastseq.whole_blocks", world, "wider")) <= 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_graphs_of_collectives_are_asked_for(world: int):
+    assert of_every_rank("tests.fastseq.whole_blocks", world, "graphs") == [[False, True]] * world
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_methods_of_modules_are_refused(world: int):
     for said in of_every_rank("tests.fastseq.whole_blocks", world, "in parts"):
         assert "sequence_parallel='fastseq' or 'ulysses', which a block can compute itself" in said

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import opendit
 import opendit.patch.adaln
-from opendit.fastseq import in_block
+from opendit.attention import attend, two_pass
+from opendit.fastseq import Sequence, in_block
+from opendit.fastseq.collectives import gather_tokens, split_tokens
 from opendit.patch import block as block_file
+from opendit.patch.core import plan_of
 from tests.comparing import Results, build, run, twin, worst
 from tests.fastseq import parity
 from tests.fastseq.whole_models import sizes
@@ -31,10 +35,13 @@ def cases(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, heads in MODELS.items():
         for sp in sizes(world):
-            if heads >= sp:
+            # On four processes: all of them for one model, pairs for another.
+            if heads >= sp and (world == 2 or (name, sp) in (("dit", 4), ("sit-odd", 2))):
                 found[f"right/{name}/{sp}"] = functools.partial(_every_method, name, sp)
     found["frozen"] = functools.partial(_frozen, world)
     found["in parts"] = functools.partial(_in_parts, world)
+    found["graphs"] = functools.partial(_graphs, world)
+    found["wider"] = functools.partial(_wider, world)
     if world == 2:
         found |= {f"wrong/{name}": functools.partial(_wrong, world, name) for name in MUTANTS}
     return found
@@ -88,6 +95,55 @@ def _in_parts(world: int) -> str:
     with pytest.raises(ValueError, match="fusion: got 'block' with the method 'ring'") as refused:
         opendit.accelerate(twin(plain), WHOLE | {"attention": "auto", "sequence_parallel": "ring"}, sp_size=world)
     return str(refused.value)
+
+
+def _graphs(world: int) -> list[bool]:
+    """Whether blocks may be in graphs, by what was asked for; where not, it is said."""
+    plain = build(next(t for t in TINY if t.name == "dit"))
+    asked = []
+    for how in (True, "collectives"):
+        fast = opendit.accelerate(twin(plain), {"cuda_graphs": how, "sequence_parallel": "ulysses"}, sp_size=world)
+        plan = plan_of(fast)
+        assert plan is not None
+        asked.append(plan.choices.graphs)
+        assert plan.choices.graphs != any("no CUDA graphs with sp_size > 1" in kept.why for kept in plan.kept)
+    return asked
+
+
+def _wider(world: int) -> float:
+    """Heads together wider than tokens, with a threshold for overlapping between the two."""
+    heads, width, tokens = 4, 12, 11
+    generator = torch.Generator().manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    x, weight, bias = make(1, tokens, width), make(3 * heads * 8, width), make(3 * heads * 8)
+    do = make(1, tokens, heads * 8)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    q, k, v = (leaves[0] @ leaves[1].T + leaves[2]).unflatten(2, (3, heads, 8)).unbind(2)
+    out = attend(q, k, v, backend="reference").flatten(2)
+    expected = torch.autograd.grad(out, leaves, do)
+    attention = in_block.Attend(
+        lambda q, k, v: two_pass.forward(q, k, v, "sdpa-math"),
+        lambda da, q, k, v, a, more: two_pass.backward(da, q, k, v, a, more, "sdpa-math"),
+        lambda dq, dk, dv, _: ((packed := torch.stack([dq, dk, dv], 1)), packed.sum(0).flatten()),
+    )
+    largest = 0.0
+    for regather in (False, True):
+        sequence = Sequence("fastseq", world, regather=regather)
+        part, dpart = (split_tokens(t, world) for t in (x, do))
+        threshold = 2 * part.numel()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(in_block, "overlaps", lambda t, _, least=threshold: t.numel() >= least)
+            o, saved = in_block.forward(part, weight, bias, heads, sequence, attention)
+            given = dpart, saved, weight, heads, sequence, attention
+            dh, dw, db = in_block.fastseq_backward(*given, torch.empty_like(weight), torch.empty_like(bias))
+        assert dw is not None
+        assert db is not None
+        for shared in (dw, db):
+            dist.all_reduce(shared)
+        found = gather_tokens(o, world), gather_tokens(dh, world), dw, db
+        for a, e in zip(found, (out.detach(), *expected), strict=True):
+            largest = max(largest, ((a - e).norm() / e.norm()).item())
+    return largest
 
 
 @contextlib.contextmanager

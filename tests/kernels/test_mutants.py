@@ -98,7 +98,7 @@ MUTANTS = [
     mutant("dscale-not-normalized", LM, "tl.sum(do_h * n_h, 0)", "tl.sum(do_h * x_h, 0)", SMALL),
     # RMSNorm's kernels are those of LayerNorm without a mean.
     mutant("with-a-mean", RMS, "x, shift, scale), False)", "x, shift, scale), True)", SMALL),
-    mutant("with-a-mean", FUSED_RMS, "shift, scale), False)", "shift, scale), True)", SMALL),
+    mutant("with-a-mean", FUSED_RMS, "eps, out_dtype, False, None)", "eps, out_dtype, True, None)", SMALL),
     *(
         mutant("dx-less-its-mean", kernel, "D)[:, None] if CENTER else 0.0", "D)[:, None]", SMALL, file)
         for kernel, file in ((RMS, LM), (FUSED_RMS, FUSED))
