@@ -65,6 +65,43 @@ def test_a_weight_that_was_written_to_since_is_kept(caplog):
     assert "1 tensors were written to" in caplog.text
 
 
+def _assigned(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(values, assign=True)
+
+
+def _replaced(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data = values[name]
+
+
+def _copied(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data.copy_(values[name])
+
+
+@pytest.mark.parametrize("write", [_assigned, _replaced, _copied])
+def test_weights_that_were_written_to_where_no_version_tells_are_kept(write):
+    model = opendit.accelerate(user_dit(), "sample")
+    new = {name: (value.float() + 1).bfloat16() for name, value in model.state_dict().items()}
+    write(model, {name: value.clone() for name, value in new.items()})
+    opendit.restore(model)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, new[name].float()), name
+
+
+def test_rounded_weights_in_another_dtype_are_given_back_to_the_bit():
+    model = user_dit()
+    with torch.no_grad():
+        model.final_layer.linear.bias[0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    opendit.accelerate(model, "sample")
+    model.float()
+    opendit.restore(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name
+
+
 def test_copies_compute_the_same_and_know_no_way_back():
     model = opendit.accelerate(user_dit(), "sample")
     other = copy.deepcopy(model)
