@@ -11,7 +11,7 @@ from torch import nn
 
 import opendit
 from opendit import BoosterConfig
-from opendit.patch import forward_graph, sampled, steps
+from opendit.patch import forward_graph, lowered, sampled, steps
 from tests.comparing import twin
 from tests.sampling.drawing import euler, flow
 from tests.sampling.replaying import use_replays
@@ -120,6 +120,24 @@ def test_a_failed_call_leaves_the_weights(monkeypatch):
     with pytest.raises(RuntimeError, match="on purpose"):
         opendit.accelerate(model, "sample")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_can_not_be_rounded_are_left(monkeypatch):
+    model = user_dit()
+    before, kind = copy.deepcopy(model.state_dict()), type(model)
+    rounding, calls = lowered._set, [0]
+
+    def failing(*args):
+        calls[0] += 1
+        rounding(*args) if calls[0] != 5 else _fail()
+
+    monkeypatch.setattr(lowered, "_set", failing)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        opendit.accelerate(model, "sample")
+    assert type(model) is kind
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
 
 
 def _fail(*_):
