@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from opendit.fastseq import pairs
 from opendit.patch.core import Edit, Patched
-from opendit.patch.forward_graph import Graphs, unfit
+from opendit.patch.forward_graph import SHAPES, Graphs, opaque, unfit
 from opendit.patch.lowered import DTYPES
 from opendit.patch.planner import Planner
 from opendit.patch.reuse import Memory, Residuals
@@ -39,6 +39,12 @@ class Kept:
         self.graphs = Graphs()
         self.memory = Memory()
         self.compared = 0  # calls whose inputs a pair of processes compared
+
+    def bound(self) -> None:
+        """Between runs: forgets residuals of many shapes, and the graphs, which know where they were."""
+        if len(self.memory.kept) > SHAPES:
+            self.memory.kept.clear()
+            self.graphs = Graphs()
 
 
 _kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
@@ -89,6 +95,12 @@ class Sampled(Patched):
                 pairs.compare(leaves, self._sp())
             leaves = pairs.mine(leaves, rows, self._sp())
         out = self._step(leaves, spec, plain, steps)
+        if (asked.pairs or lower is not None) and (kind := opaque(out)) is not None:
+            raise ValueError(
+                f"output: got {kind}; allowed: a tensor, or containers of tensors that pytree knows (tuples, lists, "
+                "dicts, what torch.utils._pytree was told of), for it is gathered or cast. Have the forward return one "
+                "of them, or leave cfg_parallel and weights out"
+            )
         if asked.pairs:
             out = tree_map(lambda t: pairs.both(t, rows, self._sp()) if isinstance(t, Tensor) else t, out)
         if lower is not None:
@@ -107,6 +119,8 @@ class Sampled(Patched):
         assert asked is not None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if steps is not None:
+            if steps.step == 0:
+                kept_of(model).bound()
             steps.begin(self._call(leaves, spec, plain))
             tensors += steps.tensors()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -250,6 +251,47 @@ def test_many_shapes_and_captures_that_fail_run_without(monkeypatch):
         for _ in range(3):
             torch.testing.assert_close(model(*inputs()), plain(*inputs()), atol=1e-5, rtol=1e-5)
     assert "no CUDA graph of its forward: its capture failed: operation not permitted" in said(model)
+
+
+def test_calls_of_shapes_that_keep_changing_are_forgotten(monkeypatch):
+    use_replays(monkeypatch)
+    monkeypatch.setattr(forward_graph, "_COUNTED", 3)
+    model = opendit.accelerate(user_dit(), {"sampling": True, "cuda_graphs": True})
+    graphs = sampled.kept_of(model).graphs
+    with torch.no_grad():
+        for rows in (*range(1, 7), 6):
+            model(*inputs(0, rows))
+    assert (len(graphs.calls), len(graphs.graphs)) == (2, 1)
+
+
+@dataclasses.dataclass
+class Out:
+    sample: torch.Tensor
+
+
+class Wrapping(UserDiT):
+    """It gives an object that pytree doesn't know."""
+
+    def forward(self, x, t, y):
+        return Out(super().forward(x, t, y))
+
+
+def test_outputs_that_can_not_be_seen_into_have_no_graph(monkeypatch):
+    use_replays(monkeypatch)
+    plain = randomise(Wrapping()).eval()
+    model = opendit.accelerate(twin(plain), {"sampling": True, "cuda_graphs": True})
+    with torch.no_grad():
+        given = [inputs(seed) for seed in range(4)]
+        kept = [(model(*args).sample, plain(*args).sample) for args in given]
+    for ours, theirs in kept:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert "no CUDA graph of its forward: it gives Out, a container that pytree doesn't know" in said(model)
+
+
+def test_outputs_that_can_not_be_cast_are_refused():
+    model = opendit.accelerate(randomise(Wrapping()).eval(), "sample")
+    with torch.no_grad(), pytest.raises(ValueError, match="output: got Out; allowed: a tensor, or containers"):
+        model(*inputs())
 
 
 @pytest.mark.parametrize(
