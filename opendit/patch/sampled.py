@@ -28,6 +28,8 @@ from opendit.patch.steps import Call, Steps, steps_of
 _TIME = "timestep"
 # Rows that the model's forward is given at once while values of many steps are computed.
 _ROWS_AT_ONCE = 512
+# And numbers in its x, as many as in those rows of a 256-pixel image's latents, 4 × 32 × 32.
+_NUMBERS_AT_ONCE = 1 << 21
 # In so many first calls a pair of processes compares what it is given.
 _COMPARED = 2
 
@@ -217,7 +219,8 @@ class Sampled(Patched):
         conditions = tuple(leaf for leaf in leaves if leaf is not x and leaf is not time and of_rows(leaf))
         # A list with an entry for each sample can't be repeated like a tensor.
         lists = any(isinstance(value, (list, tuple)) for value in (*args, *kwargs.values()))
-        return Call(rows, time, conditions, repeated, 1 if lists else max(1, _ROWS_AT_ONCE // rows))
+        at_once = min(_ROWS_AT_ONCE // rows, _NUMBERS_AT_ONCE // max(1, x.numel()))
+        return Call(x.shape, time, conditions, repeated, 1 if lists else max(1, at_once))
 
 
 class Block(Patched):

@@ -176,6 +176,7 @@ def test_training_is_refused():
         ({"cfg_parallel": True}, "cfg_parallel: got True without sampling"),
         ({"sampling": True, "weights": "fp8"}, "weights: got 'fp8'; allowed: 'inherit', 'bf16', 'fp16'"),
         ({"sampling": True, "weights": "bf16", "precision": "bf16"}, "weights: got 'bf16' with precision='bf16'"),
+        ({"sampling": True, "precision": "fp8"}, "precision: got 'fp8' with sampling=True"),
         ({"sampling": True, "ema": 0.9}, "ema: got"),
         ({"sampling": True, "plugin": "ddp"}, "plugin: got 'ddp' with sampling"),
         ({"sampling": True, "activation_checkpointing": "full"}, "activation_checkpointing: got 'full' with sampling"),
@@ -337,6 +338,25 @@ def test_tables_in_several_parts(monkeypatch):
         found = euler(model, times)
     assert made == [0, 2, 4]
     assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
+
+
+def test_tables_of_large_inputs_are_made_of_fewer_rows_at_once(monkeypatch):
+    plain = flow()
+    times = [1000.0, 800.0, 600.0, 400.0, 200.0]
+    model = opendit.accelerate(twin(plain), {"sampling": True})
+    made = []
+    record = steps.Steps._record
+
+    def recorded(self, call, times, blank=False):
+        made.append(len(times))
+        return record(self, call, times, blank)
+
+    monkeypatch.setattr(steps.Steps, "_record", recorded)
+    monkeypatch.setattr(sampled, "_NUMBERS_AT_ONCE", 2 * 6 * 4 * 6 * 6 + 1)
+    with opendit.sampling(model, times):
+        found = euler(model, times)
+    assert made[-3:] == [2, 2, 1]
+    assert ((found - euler(plain, times)).norm() / found.norm()).item() <= 1e-12
 
 
 def test_wide_batches_are_computed_step_by_step(monkeypatch):
