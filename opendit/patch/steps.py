@@ -9,7 +9,8 @@ How a table is made: the model's own forward runs on the inputs of a step with t
 back what they are given. What a site computes there must not depend on x; that is tried out first.
 
 The k-th call of the model is taken for the k-th step, so that steps need not wait for the device; those do where a
-table is made, or that have fewer rows than it. That it was is compared there, and said at the end of the run. Which blocks are computed at all is decided in `reuse.py`.
+table is made, or that have fewer rows than it. That it was is compared there, and said at the end of the run. Which
+blocks are computed at all is decided in `reuse.py`.
 """
 
 from __future__ import annotations
