@@ -119,10 +119,10 @@ def accelerate(
         plan = _without_graphs(plan, engine)
     before = dict(target.named_parameters())
     core.apply(target, plan)
-    if plan.choices.sampling is not None:
-        lowered.lower(target, plan.choices.sampling.weights)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)
     try:
+        if plan.choices.sampling is not None:
+            lowered.lower(target, plan.choices.sampling.weights)
         if engine is not None:
             placed = engine.place(target, optimizer, _setup(target, cfg, sp_size, plan))
         else:
@@ -287,6 +287,7 @@ def _ensure_processes(model: nn.Module, sp_size: int, cfg: BoosterConfig[Any] | 
 
         mesh.ensure_world(device_of(model), "cfg_parallel: got True")
         pairs.check_size(sp_size)
+        pairs.pair(sp_size)  # here, where every process comes by; a forward may be made by one pair alone
     if sp_size > 1 or plugin is not None:
         from opendit.fastseq import mesh
 

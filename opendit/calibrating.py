@@ -142,7 +142,8 @@ class _Seen:
             if before is not None:
                 ahead = (self.times[s] - self.times[last]) / (self.times[last] - self.times[before])
                 predicted = predicted + ahead * (R[last] - R[before])
-            self._errors[key] = ((R[s] - predicted).norm() / R[s].norm()).item()
+            off, size = (R[s] - predicted).norm().item(), R[s].norm().item()
+            self._errors[key] = off / size if size else math.inf if off else 0.0
         return self._errors[key]
 
     def schedule(self, limit: float, order: int) -> tuple[bool, ...]:
@@ -158,7 +159,7 @@ class _Seen:
     def with_at_most(self, count: int, order: int) -> tuple[bool, ...]:
         """The schedule of the smallest limit for which at most so many steps are computed."""
         low, high = 0.0, 1.0
-        while sum(self.schedule(high, order)) > count:
+        while sum(self.schedule(high, order)) > count and high < math.inf:  # what is not a number has no limit
             high *= 2
         for _ in range(24):
             middle = (low + high) / 2

@@ -230,6 +230,11 @@ class BoosterConfig(Generic[OptimizerT]):
                     f"{name}: got {getattr(self, name)!r} with sampling, which trains nothing; allowed: {off!r}. Leave "
                     f"{name} out, or sampling"
                 )
+        if self.precision == "fp8":
+            raise ValueError(
+                "precision: got 'fp8' with sampling=True, where no product is of rows in 8 bits; allowed: 'inherit' or "
+                "another. Take weights='bf16'"
+            )
         if self.weights != "inherit" and self.precision != "inherit":
             raise ValueError(
                 f"weights: got {self.weights!r} with precision={self.precision!r}; allowed: one of them. Rounded "

@@ -47,7 +47,8 @@ def sampling(
     Raises:
         ValueError: the model is not accelerated for sampling, is in training mode or has compiled blocks; or its calls
             had other timesteps than announced, or conditions that changed within a run. On GPUs that is said when the
-            context ends, for nothing in it waits for the device. A cache for other timesteps or another model.
+            context ends, so that steps need not wait for the device (those do where a table is made, or that have
+            fewer rows than it). The model is in such a context already. A cache for other timesteps or another model.
         TypeError: an argument of the wrong type.
     """
     target, times = checked(model, timesteps)

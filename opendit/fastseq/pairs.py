@@ -109,7 +109,7 @@ def compare(leaves: Sequence[Any], sp_size: int) -> None:
     found = own.new_empty((2 * len(own), 3))
     gather_into(found, own, pair(sp_size).group)
     first, second = found.chunk(2)
-    if not torch.equal(first, second):
+    if not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             "cfg_parallel: the two processes of a pair called the model with different tensors; allowed: the same "
             "noise, timesteps and conditions on both. Seed both alike, by opendit.data_parallel_rank(model)"

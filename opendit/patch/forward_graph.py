@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from opendit.patch.core import hooked
 
 # At how many inputs' shapes a model is captured; beyond that they are taken to keep changing.
 SHAPES = 16
+# Of how many inputs' shapes without a graph calls are counted.
+_COUNTED = 64
 # Calls before the capture: kernels must be compiled and libraries have chosen theirs.
 _WARM_UP = 1
 
@@ -43,6 +45,12 @@ def unfit(model: nn.Module, leaves: Sequence[Any]) -> str | None:
     if any(hooked(module) for module in model.modules() if module is not model):
         return "hooks, or forwards put on instances, would not run in it"
     return None
+
+
+def opaque(out: Any) -> str | None:
+    """The type of what in an output may hold tensors that can't be seen: an object that pytree doesn't know."""
+    known = (Tensor, int, float, complex, str, type(None))
+    return next((type(leaf).__name__ for leaf in tree_leaves(out) if not isinstance(leaf, known)), None)
 
 
 class _Graph:
@@ -128,9 +136,9 @@ class Graphs:
                 return compute(inputs), self.failed
             if len(self.graphs) >= SHAPES:
                 return compute(inputs), f"{SHAPES} shapes of inputs have graphs already"
-            self.calls[key] = self.calls.get(key, 0) + 1
-            if self.calls[key] <= _WARM_UP:
-                return compute(inputs), None
+            if self.calls.get(key, 0) < _WARM_UP:
+                return self._warm_up(key, inputs, compute)
+            del self.calls[key]
             self.pool = self.pool or new_pool()
             before = [t.clone() for t in state]
             try:
@@ -143,3 +151,14 @@ class Graphs:
                 return compute(inputs), self.failed
         self.replays += 1
         return self.graphs[key](inputs), None
+
+    def _warm_up(
+        self, key: Any, inputs: Sequence[Tensor], compute: Callable[[Sequence[Tensor]], Any]
+    ) -> tuple[Any, str | None]:
+        out = compute(inputs)
+        if (kind := opaque(out)) is not None:  # not counted, so it is never captured
+            return out, f"it gives {kind}, a container that pytree doesn't know, whose tensors can't be copied out"
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if len(self.calls) > _COUNTED:
+            del self.calls[next(iter(self.calls))]
+        return out, None

@@ -22,6 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class _Original(NamedTuple):
     value: Tensor
+    low: torch.dtype  # what it was rounded to
     version: int  # of the rounded one, before anyone else wrote to it
 
 
@@ -43,8 +44,9 @@ def lower(model: nn.Module, weights: str) -> None:
     for name, tensor in _tensors(model):
         if tensor.dtype in (torch.float32, torch.float64):
             original = tensor.data
+            kept = original.cpu()  # first, so that nothing is rounded that can't be given back
             _set(tensor, original, tensor.device, dtype)
-            found[name] = _Original(original.cpu(), _version(tensor))
+            found[name] = _Original(kept, dtype, _version(tensor))
 
 
 def _set(tensor: Tensor, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -56,6 +58,20 @@ def _set(tensor: Tensor, value: Tensor, device: torch.device, dtype: torch.dtype
 def _version(tensor: Tensor) -> int:
     """How often it was written to."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_ours(tensor: Tensor, kept: _Original) -> bool:
+    """Whether `tensor` is still what `kept` was rounded to, on whatever device and in whatever dtype it is now.
+
+    Versions tell writes in place that left the value; values tell `p.data = …`, `p.data.copy_(…)` and
+    `load_state_dict(assign=True)`, which no version counts.
+    """
+    if _version(tensor) != kept.version or tensor.shape != kept.value.shape:
+        return False
+    if tensor.is_meta or kept.value.is_meta:
+        return tensor.is_meta  # without values there is nothing to compare
+    rounded = kept.value.to(kept.low).to(tensor.dtype)
+    return torch.allclose(tensor.data.cpu(), rounded, rtol=0, atol=0, equal_nan=True)
 
 
 def check(model: nn.Module, weights: str) -> None:
@@ -78,10 +94,10 @@ def give_back(model: nn.Module) -> None:
     """Undoes `lower`, where it was done: to the bit, but for what was written to since, which keeps its new values."""
     tensors = dict(_tensors(model))
     written = 0
-    for name, (original, version) in _originals.pop(model, {}).items():
+    for name, kept in _originals.pop(model, {}).items():
         tensor = tensors[name]
-        is_ours = _version(tensor) == version
+        is_ours = _is_ours(tensor, kept)
         written += not is_ours
-        _set(tensor, original if is_ours else tensor.data, tensor.device, original.dtype)
+        _set(tensor, kept.value if is_ours else tensor.data, tensor.device, kept.value.dtype)
     if written:
         logger.warning("%d tensors were written to while weights were rounded; they keep their new values", written)

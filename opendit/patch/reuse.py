@@ -76,22 +76,22 @@ class Residuals:
         self.factor: Tensor | None = None  # of the slope: where computed 1/(t_s − t_l), else t_s − t_l
         self.computed = self.reused = 0  # blocks so far
         self._entered: Tensor | None = None
-        self._rows = 0  # of the residual that there is
+        self._shape: torch.Size | None = None  # of the x whose residual there is
         self._step = 0
         self._last: int | None = None
         self._slopes = False
 
-    def begin(self, s: int, times: Sequence[float], rows: int, device: torch.device) -> None:
+    def begin(self, s: int, times: Sequence[float], shape: torch.Size, device: torch.device) -> None:
         if s == 0:
-            self._rows, self._last, self._slopes = 0, None, False
+            self._shape, self._last, self._slopes = None, None, False
             self.memory.clear()
         self._step = s
-        fits = self._rows == rows and self._last is not None
+        fits = self._shape == shape and self._last is not None
         self.computes = self.reuse.computed[s] or not fits
         apart = times[s] - times[self._last] if fits and self._last is not None else 0.0
         if self.computes:
             factor = 1 / apart if apart else 0.0
-            self._rows, self._last, self._slopes = rows, s, bool(factor)
+            self._shape, self._last, self._slopes = shape, s, bool(factor)
         else:
             factor = apart if self._slopes else 0.0
         self.factor = torch.full((1,), factor, dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from opendit.fastseq import pairs
 from opendit.patch.core import Edit, Patched
-from opendit.patch.forward_graph import Graphs, unfit
+from opendit.patch.forward_graph import SHAPES, Graphs, opaque, unfit
 from opendit.patch.lowered import DTYPES
 from opendit.patch.planner import Planner
 from opendit.patch.reuse import Memory, Residuals
@@ -28,6 +28,8 @@ from opendit.patch.steps import Call, Steps, steps_of
 _TIME = "timestep"
 # Rows that the model's forward is given at once while values of many steps are computed.
 _ROWS_AT_ONCE = 512
+# And numbers in its x, as many as in those rows of a 256-pixel image's latents, 4 × 32 × 32.
+_NUMBERS_AT_ONCE = 1 << 21
 # In so many first calls a pair of processes compares what it is given.
 _COMPARED = 2
 
@@ -39,6 +41,12 @@ class Kept:
         self.graphs = Graphs()
         self.memory = Memory()
         self.compared = 0  # calls whose inputs a pair of processes compared
+
+    def bound(self) -> None:
+        """Between runs: forgets residuals of many shapes, and the graphs, which know where they were."""
+        if len(self.memory.kept) > SHAPES:
+            self.memory.kept.clear()
+            self.graphs = Graphs()
 
 
 _kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
@@ -89,6 +97,12 @@ class Sampled(Patched):
                 pairs.compare(leaves, self._sp())
             leaves = pairs.mine(leaves, rows, self._sp())
         out = self._step(leaves, spec, plain, steps)
+        if (asked.pairs or lower is not None) and (kind := opaque(out)) is not None:
+            raise ValueError(
+                f"output: got {kind}; allowed: a tensor, or containers of tensors that pytree knows (tuples, lists, "
+                "dicts, what torch.utils._pytree was told of), for it is gathered or cast. Have the forward return one "
+                "of them, or leave cfg_parallel and weights out"
+            )
         if asked.pairs:
             out = tree_map(lambda t: pairs.both(t, rows, self._sp()) if isinstance(t, Tensor) else t, out)
         if lower is not None:
@@ -107,6 +121,8 @@ class Sampled(Patched):
         assert asked is not None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if steps is not None:
+            if steps.step == 0:
+                kept_of(model).bound()
             steps.begin(self._call(leaves, spec, plain))
             tensors += steps.tensors()
 
@@ -203,7 +219,8 @@ class Sampled(Patched):
         conditions = tuple(leaf for leaf in leaves if leaf is not x and leaf is not time and of_rows(leaf))
         # A list with an entry for each sample can't be repeated like a tensor.
         lists = any(isinstance(value, (list, tuple)) for value in (*args, *kwargs.values()))
-        return Call(rows, time, conditions, repeated, 1 if lists else max(1, _ROWS_AT_ONCE // rows))
+        at_once = min(_ROWS_AT_ONCE // rows, _NUMBERS_AT_ONCE // max(1, x.numel()))
+        return Call(x.shape, time, conditions, repeated, 1 if lists else max(1, at_once))
 
 
 class Block(Patched):

@@ -8,8 +8,9 @@
 How a table is made: the model's own forward runs on the inputs of a step with the timesteps of many, while blocks give
 back what they are given. What a site computes there must not depend on x; that is tried out first.
 
-The k-th call of the model is taken for the k-th step, so that nothing waits for the device. That it was is compared
-there, and said at the end of the run. Which blocks are computed at all is decided in `reuse.py`.
+The k-th call of the model is taken for the k-th step, so that steps need not wait for the device; those do where a
+table is made, or that have fewer rows than it. That it was is compared there, and said at the end of the run. Which
+blocks are computed at all is decided in `reuse.py`.
 """
 
 from __future__ import annotations
@@ -40,18 +41,23 @@ class Call:
     """A call of the model.
 
     Attributes:
-        rows: samples in its batch.
+        shape: of its first tensor, x, [rows, …].
         time: its timesteps, one or a row each.
         conditions: its other tensors with a row per sample, but the first, x.
         repeated: runs the model's forward on the rows repeated so many times, at given timesteps, with x or zeros.
         at_once: how often they can be repeated.
     """
 
-    rows: int
+    shape: torch.Size
     time: Tensor
     conditions: tuple[Tensor, ...]
     repeated: Callable[[int, Tensor, bool], object]
     at_once: int
+
+    @property
+    def rows(self) -> int:
+        """Samples in its batch."""
+        return self.shape[0]
 
 
 class _Place(NamedTuple):
@@ -117,7 +123,7 @@ class Steps:
             raise ValueError(self._said())
         self._off = wrong if self._off is None else self._off | wrong
         if self.residuals is not None:
-            self.residuals.begin(s, self.times, call.rows, call.time.device)
+            self.residuals.begin(s, self.times, call.shape, call.time.device)
 
     def end(self) -> None:
         if self.residuals is not None:
@@ -270,7 +276,12 @@ def steps_of(module: object) -> Steps | None:
 
 
 def enter(model: nn.Module, steps: Steps) -> None:
-    """Tells the modules of `model` of the run."""
+    """Tells the modules of `model` of the run. Raises `ValueError` where they are in one."""
+    if any(module in _runs for module in model.modules()):
+        raise ValueError(
+            "model: it is in a run of opendit.sampling or opendit.calibrate already; allowed: one at a time. Leave the "
+            "context out inside of another, and in calibrate's draw"
+        )
     for module in model.modules():
         _runs[module] = steps
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import opendit
+from opendit.fastseq import pairs
 from opendit.patch import adaln, forward_only
 from opendit.patch import block as block_file
 from tests.comparing import twin
@@ -37,6 +38,8 @@ def cases(world: int) -> dict[str, Any]:
         found["refusals"] = refusals
         for method in ("fastseq", "ulysses"):
             found[f"whole blocks/{method}"] = functools.partial(whole_blocks, method)
+        found["alike but not numbers"] = alike_but_not_numbers
+    found["one pair's forward"] = one_pairs_forward
     found["ranks"] = functools.partial(ranks, world)
     return found
 
@@ -126,6 +129,26 @@ def whole_blocks(method: str) -> dict[str, float]:
                     found[f"{t}, {looked_up}"] = error(step(model, t, step.x), step(plain, t, step.x))
     assert computed[0] == 2 * len(TIMES) * len(plain.blocks)
     return found
+
+
+@torch.no_grad()
+def one_pairs_forward() -> bool:
+    """accelerate makes the groups, so the other pairs need no forward of their own."""
+    pairs._built.clear()
+    model, step = build("dit")
+    model = accelerated(model)
+    made = 1 in pairs._built
+    if made and dist.get_rank() < 2:
+        step(model, 17.0, step.x)
+    return made
+
+
+@torch.no_grad()
+def alike_but_not_numbers() -> bool:
+    model, step = build("dit")
+    x = step.x.clone()
+    x[0, 0, 0, 0] = float("nan")
+    return bool(step(accelerated(model), 17.0, x).isnan().any())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import opendit
+from opendit import calibrating
 from opendit.patch import reuse, sampled
 from tests.comparing import twin
 from tests.mutating import load_mutant
@@ -100,7 +101,7 @@ MUTANTS = {
     "the slope is not scaled": ("factor = 1 / apart if apart else 0.0", "factor = 1.0", 1),
     "the residual is not of its input": ("new = out - x", "new = out.clone()", 1),
     "added by every block": ("        if not first:\n            return x\n", "", 1),
-    "an old slope is taken for one": ("self._rows, self._last, self._slopes = 0, None, False", "pass", 1),
+    "an old slope is taken for one": ("self._shape, self._last, self._slopes = None, None, False", "pass", 1),
 }
 
 
@@ -165,6 +166,77 @@ def test_guidance_that_pauses():
     assert found.isfinite().all()
     # Steps 3 and 6 begin another number of rows; of those that may be left out, 1 and 7 are.
     assert run.residuals.reused == 2 * 2
+
+
+class Sized(UserDiT):
+    """It takes images of several sizes."""
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x)
+        x = x + self.pos_embed[:, : x.shape[1]]
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+
+def test_another_size_within_a_run_is_computed():
+    """The residual of one size says nothing of another."""
+    plain = randomise(Sized(depth=4)).eval()
+    model, y = accelerated(plain), torch.tensor([0, 1])
+    with torch.no_grad(), opendit.sampling(model, TIMES, schedule(0)):
+        for size, time in zip((6, 4), TIMES, strict=False):
+            x, t = torch.randn(2, 4, size, size), torch.full((2,), time)
+            torch.testing.assert_close(model(x, t, y), plain(x, t, y), atol=1e-5, rtol=1e-5)
+
+
+def test_residuals_of_many_shapes_are_forgotten(monkeypatch):
+    """And the graphs that read them, so that what is drawn stays right."""
+    use_replays(monkeypatch)
+    monkeypatch.setattr(sampled, "SHAPES", 2)
+    plain, cache = flow(), schedule(1)
+    model = accelerated(plain, cuda_graphs=True)
+    labels, graphs = [(0,) * n for n in (1, 2, 3, 4, 1, 1)], []
+    with opendit.sampling(model, TIMES, cache):
+        for some in labels:
+            found, wanted = euler(model, TIMES, some), euler(Reference(plain, cache), TIMES, some)
+            assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
+            assert len(sampled.kept_of(model).memory.kept) <= 3
+            graphs.append(sampled.kept_of(model).graphs)
+    assert graphs[0] is graphs[2] is not graphs[3]
+
+
+@pytest.mark.parametrize(
+    ("residuals", "fewest"),
+    [([0.0] * 8, 1), ([1.0, 2.0, 4.0, 0.0, 8.0, 9.0, 1.0, 5.0], 1), ([1.0, 2.0, 4.0, math.nan, 8.0, 9.0, 1.0, 5.0], 2)],
+    ids=["all zero", "one zero", "one not a number"],
+)
+def test_residuals_of_zero_or_not_a_number(residuals, fewest):
+    seen = calibrating._Seen(TIMES)
+    for step, value in enumerate(residuals):
+        seen(step, torch.full((4,), value))
+    tries, schedule = [0], seen.schedule
+
+    def counted(limit: float, order: int) -> tuple[bool, ...]:
+        tries[0] += 1
+        assert tries[0] < 2000
+        return schedule(limit, order)
+
+    seen.schedule = counted  # type: ignore[method-assign]
+    for order in (0, 1):
+        tries[0] = 0
+        assert sum(seen.with_at_most(1, order)) >= fewest
+
+
+def test_one_run_at_a_time():
+    model, cache = accelerated(flow()), schedule(0)
+    with opendit.sampling(model, TIMES, cache) as run:
+        with pytest.raises(ValueError, match="model: it is in a run"), opendit.sampling(model, TIMES):
+            pass
+        euler(model, TIMES)
+    assert run.calls == len(TIMES)
+    with opendit.sampling(model, TIMES):
+        euler(model, TIMES)
 
 
 def test_latte():

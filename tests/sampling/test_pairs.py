@@ -35,5 +35,14 @@ def test_different_inputs_and_numbers_of_processes_are_refused():
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_one_pair_makes_a_forward_without_the_others(world: int):
+    assert of_every_rank(MODULE, world, "one pair's forward") == [True] * world
+
+
+def test_inputs_that_are_alike_and_not_numbers_are_computed():
+    assert of_every_rank(MODULE, 2, "alike but not numbers") == [True, True]
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_a_pair_is_one_share_of_the_data(world: int):
     assert of_every_rank(MODULE, world, "ranks") == [(0, 1)] * world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import opendit
 from opendit import BoosterConfig
-from opendit.patch import forward_graph, sampled, steps
+from opendit.patch import forward_graph, lowered, sampled, steps
 from tests.comparing import twin
 from tests.sampling.drawing import euler, flow
 from tests.sampling.replaying import use_replays
@@ -65,6 +66,43 @@ def test_a_weight_that_was_written_to_since_is_kept(caplog):
     assert "1 tensors were written to" in caplog.text
 
 
+def _assigned(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(values, assign=True)
+
+
+def _replaced(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data = values[name]
+
+
+def _copied(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data.copy_(values[name])
+
+
+@pytest.mark.parametrize("write", [_assigned, _replaced, _copied])
+def test_weights_that_were_written_to_where_no_version_tells_are_kept(write):
+    model = opendit.accelerate(user_dit(), "sample")
+    new = {name: (value.float() + 1).bfloat16() for name, value in model.state_dict().items()}
+    write(model, {name: value.clone() for name, value in new.items()})
+    opendit.restore(model)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, new[name].float()), name
+
+
+def test_rounded_weights_in_another_dtype_are_given_back_to_the_bit():
+    model = user_dit()
+    with torch.no_grad():
+        model.final_layer.linear.bias[0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    opendit.accelerate(model, "sample")
+    model.float()
+    opendit.restore(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name
+
+
 def test_copies_compute_the_same_and_know_no_way_back():
     model = opendit.accelerate(user_dit(), "sample")
     other = copy.deepcopy(model)
@@ -83,6 +121,24 @@ def test_a_failed_call_leaves_the_weights(monkeypatch):
     with pytest.raises(RuntimeError, match="on purpose"):
         opendit.accelerate(model, "sample")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_can_not_be_rounded_are_left(monkeypatch):
+    model = user_dit()
+    before, kind = copy.deepcopy(model.state_dict()), type(model)
+    rounding, calls = lowered._set, [0]
+
+    def failing(*args):
+        calls[0] += 1
+        rounding(*args) if calls[0] != 5 else _fail()
+
+    monkeypatch.setattr(lowered, "_set", failing)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        opendit.accelerate(model, "sample")
+    assert type(model) is kind
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
 
 
 def _fail(*_):
@@ -120,6 +176,7 @@ def test_training_is_refused():
         ({"cfg_parallel": True}, "cfg_parallel: got True without sampling"),
         ({"sampling": True, "weights": "fp8"}, "weights: got 'fp8'; allowed: 'inherit', 'bf16', 'fp16'"),
         ({"sampling": True, "weights": "bf16", "precision": "bf16"}, "weights: got 'bf16' with precision='bf16'"),
+        ({"sampling": True, "precision": "fp8"}, "precision: got 'fp8' with sampling=True"),
         ({"sampling": True, "ema": 0.9}, "ema: got"),
         ({"sampling": True, "plugin": "ddp"}, "plugin: got 'ddp' with sampling"),
         ({"sampling": True, "activation_checkpointing": "full"}, "activation_checkpointing: got 'full' with sampling"),
@@ -197,6 +254,47 @@ def test_many_shapes_and_captures_that_fail_run_without(monkeypatch):
     assert "no CUDA graph of its forward: its capture failed: operation not permitted" in said(model)
 
 
+def test_calls_of_shapes_that_keep_changing_are_forgotten(monkeypatch):
+    use_replays(monkeypatch)
+    monkeypatch.setattr(forward_graph, "_COUNTED", 3)
+    model = opendit.accelerate(user_dit(), {"sampling": True, "cuda_graphs": True})
+    graphs = sampled.kept_of(model).graphs
+    with torch.no_grad():
+        for rows in (*range(1, 7), 6):
+            model(*inputs(0, rows))
+    assert (len(graphs.calls), len(graphs.graphs)) == (2, 1)
+
+
+@dataclasses.dataclass
+class Out:
+    sample: torch.Tensor
+
+
+class Wrapping(UserDiT):
+    """It gives an object that pytree doesn't know."""
+
+    def forward(self, x, t, y):
+        return Out(super().forward(x, t, y))
+
+
+def test_outputs_that_can_not_be_seen_into_have_no_graph(monkeypatch):
+    use_replays(monkeypatch)
+    plain = randomise(Wrapping()).eval()
+    model = opendit.accelerate(twin(plain), {"sampling": True, "cuda_graphs": True})
+    with torch.no_grad():
+        given = [inputs(seed) for seed in range(4)]
+        kept = [(model(*args).sample, plain(*args).sample) for args in given]
+    for ours, theirs in kept:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert "no CUDA graph of its forward: it gives Out, a container that pytree doesn't know" in said(model)
+
+
+def test_outputs_that_can_not_be_cast_are_refused():
+    model = opendit.accelerate(randomise(Wrapping()).eval(), "sample")
+    with torch.no_grad(), pytest.raises(ValueError, match="output: got Out; allowed: a tensor, or containers"):
+        model(*inputs())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -240,6 +338,25 @@ def test_tables_in_several_parts(monkeypatch):
         found = euler(model, times)
     assert made == [0, 2, 4]
     assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
+
+
+def test_tables_of_large_inputs_are_made_of_fewer_rows_at_once(monkeypatch):
+    plain = flow()
+    times = [1000.0, 800.0, 600.0, 400.0, 200.0]
+    model = opendit.accelerate(twin(plain), {"sampling": True})
+    made = []
+    record = steps.Steps._record
+
+    def recorded(self, call, times, blank=False):
+        made.append(len(times))
+        return record(self, call, times, blank)
+
+    monkeypatch.setattr(steps.Steps, "_record", recorded)
+    monkeypatch.setattr(sampled, "_NUMBERS_AT_ONCE", 2 * 6 * 4 * 6 * 6 + 1)
+    with opendit.sampling(model, times):
+        found = euler(model, times)
+    assert made[-3:] == [2, 2, 1]
+    assert ((found - euler(plain, times)).norm() / found.norm()).item() <= 1e-12
 
 
 def test_wide_batches_are_computed_step_by_step(monkeypatch):
