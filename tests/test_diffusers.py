@@ -331,6 +331,83 @@ def model_with_fused_scaled(model: nn.Module) -> nn.Module:
     return plain
 
 
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+def denoised(model: nn.Module, tiny: Tiny) -> torch.Tensor:
+    """What a few steps give, of which a cache that is on leaves something out."""
+    (x,), more = tiny.inputs(F64, torch.device("cpu"))
+    with torch.no_grad(), model.cache_context("cond_uncond"):
+        return torch.stack([model(x * (1 + i / 8), **more).sample for i in range(6)])
+
+
+def _time() -> int:
+    return 500
+
+
+WHOLE_BLOCKS = {
+    "FirstBlockCache": lambda m: m.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5)),
+    "MagCache": lambda m: m.enable_cache(diffusers.MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6)),
+    "layer skip": lambda m: diffusers.hooks.apply_layer_skip(
+        m, diffusers.hooks.LayerSkipConfig(indices=[0], fqn="transformer_blocks")
+    ),
+}
+ATTENTION = {
+    "TaylorSeer": lambda m: m.enable_cache(
+        diffusers.TaylorSeerCacheConfig(
+            cache_interval=2, disable_cache_before_step=1, cache_identifiers=[r"transformer_blocks\.\d+\.attn1"]
+        )
+    ),
+    "PyramidAttentionBroadcast": lambda m: m.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=_time,
+        )
+    ),
+    "FasterCache": lambda m: m.enable_cache(
+        diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 681),
+            unconditional_batch_timestep_skip_range=(-1, 781),
+            tensor_format="BFCHW",
+            current_timestep_callback=_time,
+            attention_weight_callback=lambda _: 0.3,
+        )
+    ),
+}
+CACHED = FIRST["diffusers_cogvideox"]
+
+
+@pytest.mark.parametrize("cache", WHOLE_BLOCKS)
+def test_what_leaves_blocks_out_is_put_on_before(cache: str):
+    """diffusers looks blocks up by their exact class."""
+    model = build(CACHED, F64).eval()
+    fast, healthy = twin(model), denoised(model, CACHED)
+    with pytest.raises(ValueError, match="CogVideoXBlock'> not registered"):
+        WHOLE_BLOCKS[cache](opendit.accelerate(twin(model)))
+    for m in (model, fast):
+        WHOLE_BLOCKS[cache](m)
+    plan = opendit.explain(opendit.accelerate(fast), file=io.StringIO())
+    expected = denoised(model, CACHED)
+    assert not torch.allclose(expected, healthy, rtol=1e-4), "nothing was left out"
+    torch.testing.assert_close(denoised(fast, CACHED), expected, rtol=1e-9, atol=1e-10)
+    changed = {edit.fqn for edit in plan.edits}
+    assert "transformer_blocks.0.attn1" in changed
+    assert "transformer_blocks.0" not in changed
+
+
+@pytest.mark.parametrize("cache", ATTENTION)
+def test_what_leaves_attention_out_is_put_on_after(cache: str):
+    model = build(CACHED, F64).eval()
+    fast, healthy = opendit.accelerate(twin(model)), denoised(model, CACHED)
+    for m in (model, fast):
+        ATTENTION[cache](m)
+    expected = denoised(model, CACHED)
+    assert not torch.allclose(expected, healthy, rtol=1e-4), "nothing was left out"
+    torch.testing.assert_close(denoised(fast, CACHED), expected, rtol=1e-9, atol=1e-10)
+    assert "upstream's own forward was used" not in explained(fast)
+
+
 # -- offloading --------------------------------------------------------------------------------------------------------
 
 

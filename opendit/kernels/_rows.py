@@ -144,7 +144,7 @@ def load_vector(ptr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def downcast(value, dtype: tl.constexpr):
-    """float32 to dtype, rounding to nearest even (the interpreter would truncate if not told)."""
+    """float32 to dtype, rounding to nearest even."""
     if dtype == tl.float32:
         return value
     else:

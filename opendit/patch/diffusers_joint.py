@@ -183,8 +183,11 @@ class JointStandIn(nn.Module):
 
 def plan_continuous(planner: Planner, name: str, norm: Any) -> None:
     """Offers `FusedContinuous` for an `AdaLayerNormContinuous`, or says why not."""
-    if path(type(norm)) != CONTINUOUS or not plain_layernorm(norm.norm):
-        planner.keep(name, f"it is a {path(type(norm))} of {path(type(norm.norm))}, not {CONTINUOUS} of a LayerNorm")
+    if path(type(norm)) != CONTINUOUS:
+        planner.keep(name, f"it is a {path(type(norm))}, not {CONTINUOUS}")
+        return
+    if not plain_layernorm(norm.norm):
+        planner.keep(name, f"it is a {CONTINUOUS} of {path(type(norm.norm))}, not of torch's LayerNorm")
         return
     width, condition = norm.norm.normalized_shape[0], norm.linear.weight.shape[1]
     planner.offer(

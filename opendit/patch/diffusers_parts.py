@@ -40,8 +40,19 @@ def is_class(model: object, name: str) -> bool:
 
 
 def told_how(processor: object) -> bool:
-    """Whether someone set the backend or the parallel layout that diffusers is to compute an attention with."""
-    return any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config"))
+    """Whether diffusers is to compute an attention with a backend or a parallel layout that someone chose.
+
+    A processor without a backend of its own takes diffusers' active one, which holds for every model: that of
+    `attention_backend(...)`, of the last `set_attention_backend`, or of DIFFUSERS_ATTN_BACKEND.
+    """
+    if any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config")):
+        return True
+    if not hasattr(processor, "_attention_backend"):  # it calls torch itself
+        return False
+    from diffusers.models import attention_dispatch
+
+    active: Any = attention_dispatch._AttentionBackendRegistry._active_backend
+    return bool(active != attention_dispatch.AttentionBackendName.NATIVE)
 
 
 class DispatchedAttention(SpreadAttention):
@@ -226,8 +237,10 @@ def _default_attention(planner: Planner, name: str, attn: Any) -> bool:
 
 
 def plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:
-    if path(type(ff)) != FEED_FORWARD or path(type(ff.net[0])) != GELU:
-        planner.keep(name, f"it is a {path(type(ff))} beginning with {path(type(ff.net[0]))}, not a GELU's")
+    if path(type(ff)) != FEED_FORWARD:
+        planner.keep(name, f"it is a {path(type(ff))}, not {FEED_FORWARD}")
+    elif path(type(ff.net[0])) != GELU:
+        planner.keep(name, f"it is a {FEED_FORWARD} beginning with {path(type(ff.net[0]))}, not a GELU's")
     elif ff.net[0].approximate not in APPROXIMATIONS or len(ff.net) not in (3, 4):
         planner.keep(name, "it is not projection, GELU, dropout and linear, with or without another dropout")
     else:

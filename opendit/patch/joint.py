@@ -66,8 +66,8 @@ class SpreadJointAttention(SpreadAttention):
             q, k = self._normalise(q, k)
             if tables is None:
                 return q, k
-            # A method may do this before tokens are exchanged, or after.
-            local, whole = q.shape[1], q.shape[1] == len(tables[0])
+            # `fastseq` does this after tokens were exchanged, the others before.
+            local, whole = q.shape[1], self._opendit_sequence.method == "fastseq"
             cos, sin = tables if whole else (of_part(table, 0, local, line.size) for table in tables)
             return turned(q, (cos, sin)), turned(k, (cos, sin))
 

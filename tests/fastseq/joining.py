@@ -20,7 +20,9 @@ from tests.fastseq import parity
 from tests.fastseq.whole_models import spread
 from tests.tiny_models import TINY
 
-SD3, FLUX, TWO_OF_ONE = (next(t for t in TINY if t.name == name) for name in ("sd3.5", "flux", "flux-schnell"))
+SD3, FLUX, TWO_OF_ONE, COG = (
+    next(t for t in TINY if t.name == name) for name in ("sd3.5", "flux", "flux-schnell", "cogvideox-rotary")
+)
 F64, CPU = torch.float64, torch.device("cpu")
 
 
@@ -200,6 +202,10 @@ def refusals(world: int) -> dict[str, str]:
     tried("controlnet of flux", lambda: call(flux, FLUX, controlnet_single_block_samples=added))
     tried("arguments", lambda: call(flux, FLUX, joint_attention_kwargs={"ip_adapter_masks": None}))
     tried("positions", lambda: call(flux, FLUX, txt_ids=torch.zeros(7, 3)))
+    cog = opendit.accelerate(build(COG).eval(), {"sequence_parallel": "ulysses"}, sp_size=world)
+    tables = COG.inputs(torch.float32, CPU)[1]["image_rotary_emb"]
+    part = tuple(table[: -(-len(table) // world)] for table in tables)
+    tried("positions of a part", lambda: call(cog, COG, image_rotary_emb=part))
     tried("a block alone", lambda: flux.single_transformer_blocks[0].attn(torch.zeros(3, 4, 48)))
     flux.single_transformer_blocks[0].norm.register_forward_hook(lambda *args: None)
     tried("upstream's block", lambda: call(flux, FLUX))

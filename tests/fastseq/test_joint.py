@@ -52,6 +52,7 @@ SAID = {
     "controlnet of flux": "sp_size: controlnet_single_block_samples are added to all tokens between blocks",
     "arguments": "a mask or other arguments were given",
     "positions": "positions of 16 tokens were given for sequences of [5, 9]",
+    "positions of a part": "rotary positions: got 5 rows for a sequence of 9 tokens",
     "a block alone": "its block does not say how much of its input is text",
     "upstream's block": "its block does not say how much of its input is text",
 }

@@ -60,6 +60,15 @@ def test_masks_and_other_arguments_are_left_to_upstream():
     assert "a mask or other arguments were given" in explained(fast)
 
 
+def test_positions_given_twice_are_refused_as_upstream_does():
+    model = build(TURNED, F64)
+    fast = opendit.accelerate(twin(model))
+    (x,), more = TURNED.inputs(F64, torch.device("cpu"))
+    for m in (model, fast):
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'image_rotary_emb'"):
+            m(x, attention_kwargs={"image_rotary_emb": more["image_rotary_emb"]}, **more)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_fused_projections(order):
     model = build(TURNED, F64)

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 import opendit
 from tests.comparing import build, run, twin, worst
@@ -67,6 +68,20 @@ def test_what_diffusers_is_told_about_attention_is_honoured():
     assert "diffusers was told an attention backend" in explained(fast)
 
 
+def test_a_backend_that_is_active_in_diffusers_is_honoured():
+    from diffusers import attention_backend
+
+    model = build(HUNYUAN, F64)
+    fast = opendit.accelerate(twin(model))
+    expected = run(model, HUNYUAN)
+    run(fast, HUNYUAN)
+    assert "diffusers was told" not in explained(fast)
+    with attention_backend("_native_math"):
+        error, name = worst(run(fast, HUNYUAN), expected)
+    assert error <= 1e-10, name
+    assert "diffusers was told an attention backend" in explained(fast)
+
+
 def test_hooks_inside_blocks_are_called():
     model = build(HUNYUAN, F64)
     fast = opendit.accelerate(twin(model))
@@ -76,6 +91,28 @@ def test_hooks_inside_blocks_are_called():
     error, name = worst(run(fast, HUNYUAN), run(model, HUNYUAN))
     assert error <= 1e-10, name
     assert explained(fast).count("something was put on or in place of its norms or its activation") == 2
+
+
+class Modulated(nn.Module):
+    """A norm of one's own, without the parts of diffusers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, 5 * 48)
+
+    def forward(self, x, emb):
+        shift, *others = self.linear(emb).chunk(5, dim=1)
+        return x.tanh() + shift[:, None], *others
+
+
+def test_norms_of_ones_own_put_in_later_are_honoured():
+    model = build(HUNYUAN, F64)
+    fast = opendit.accelerate(twin(model))
+    model.transformer_blocks[0].norm1_context = randomise(Modulated()).double()
+    fast.transformer_blocks[0].norm1_context = twin(model.transformer_blocks[0].norm1_context)
+    error, name = worst(run(fast, HUNYUAN), run(model, HUNYUAN))
+    assert error <= 1e-10, name
+    assert "something was put on or in place of its norms" in explained(fast)
 
 
 def test_blocks_are_checkpointed():

@@ -772,6 +772,51 @@ def subclass_of_the_model(model):
     becomes(model, forward)
 
 
+# -- parts of blocks that are modules of one's own, without the parts of diffusers' ------------------------------------
+
+
+class Modulated(nn.Module):
+    """An adaptive norm: what is normed, and `more` vectors [B, D] with it."""
+
+    def __init__(self, more: int):
+        super().__init__()
+        self.more, self.made_of = more, nn.Linear(48, (2 + more) * 48)
+
+    def forward(self, x, emb):
+        scale, shift, *others = self.made_of(emb.tanh()).chunk(2 + self.more, dim=1)
+        x = x.tanh() * scale[:, None] + shift[:, None]
+        return (x, *others) if others else x
+
+
+@miss("sd3", left="transformer_blocks.0", fused="transformer_blocks.0.attn transformer_blocks.1")
+def norm_of_the_text_of_ones_own(model):
+    model.transformer_blocks[0].norm1_context = Modulated(4)
+
+
+@miss("flux", left="transformer_blocks.0", fused="transformer_blocks.0.attn single_transformer_blocks.0")
+def norm_of_the_image_of_ones_own(model):
+    model.transformer_blocks[0].norm1 = Modulated(4)
+
+
+@miss("flux", left="single_transformer_blocks.0", fused="single_transformer_blocks.0.attn transformer_blocks.0")
+def norm_of_one_stream_of_ones_own(model):
+    model.single_transformer_blocks[0].norm = Modulated(1)
+
+
+@miss("sd3", left="norm_out", fused="transformer_blocks.1.norm1_context")
+def the_last_norm_of_ones_own(model):
+    model.norm_out = Modulated(0)
+
+
+@miss("sd3", left="transformer_blocks.0.ff", fused="transformer_blocks.0")
+@miss("wan", left="blocks.1.ffn", fused="blocks.1")
+def feed_forward_of_ones_own(model):
+    block, name, width = (
+        (model.blocks[1], "ffn", 36) if hasattr(model, "blocks") else (model.transformer_blocks[0], "ff", 48)
+    )
+    setattr(block, name, nn.Sequential(nn.Linear(width, 52), nn.SiLU(), nn.Linear(52, width)))
+
+
 # -- blocks of two streams: diffusers' SD3 -----------------------------------------------------------------------------
 
 

@@ -109,6 +109,20 @@ def test_what_diffusers_is_told_about_attention_is_honoured():
     assert "diffusers was told an attention backend" in explained(fast)
 
 
+def test_a_backend_that_is_active_in_diffusers_is_honoured():
+    from diffusers import attention_backend
+
+    model = build(WAN, F64)
+    fast = opendit.accelerate(twin(model))
+    expected = run(model, WAN)
+    run(fast, WAN)
+    assert "diffusers was told" not in explained(fast)
+    with attention_backend("_native_math"):
+        error, name = worst(run(fast, WAN), expected)
+    assert error <= 1e-10, name
+    assert "diffusers was told an attention backend" in explained(fast)
+
+
 def test_fused_projections_are_upstreams():
     model = build(WAN, F64)
     fast = opendit.accelerate(twin(model))

@@ -67,17 +67,16 @@ class FusedBlock(FusedAdaLN):
         if lower is not None:
             x, e = self._stream(x, lower), self._stream(e, lower)
         modulation = [norm.linear(norm.silu(temb)) for norm in (self.norm1, self.norm2)]
-        options = {**(attention_kwargs or {}), "image_rotary_emb": image_rotary_emb}
-        both: Any = self._kept(self._in_parts, x, e, *modulation, options)
+        both: Any = self._kept(self._in_parts, x, e, *modulation, image_rotary_emb, attention_kwargs or {})
         return both
 
     def _in_parts(  # type: ignore[override]
-        self, x: Tensor, e: Tensor, modulation_a: Tensor, modulation_m: Tensor, options: dict[str, Any]
+        self, x: Tensor, e: Tensor, modulation_a: Tensor, modulation_m: Tensor, tables: Any, more: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         shift, scale, gate, e_shift, e_scale, e_gate = modulation_a.chunk(6, dim=1)
         norm = self.norm1.norm
         h, g = self._modulated(x, norm, shift, scale), self._modulated(e, norm, e_shift, e_scale)
-        y, z = self.attn1(hidden_states=h, encoder_hidden_states=g, **options)
+        y, z = self.attn1(hidden_states=h, encoder_hidden_states=g, image_rotary_emb=tables, **more)
         shift, scale, gate_m, e_shift, e_scale, e_gate_m = modulation_m.chunk(6, dim=1)
         x, h = self._gated_and_modulated(x, y, gate, self.norm2.norm, shift, scale)
         e, g = self._gated_and_modulated(e, z, e_gate, self.norm2.norm, e_shift, e_scale)

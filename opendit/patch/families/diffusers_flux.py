@@ -32,7 +32,7 @@ from opendit.patch.diffusers_joint import (
     plan_continuous,
     unusual,
 )
-from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward
+from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward, told_how
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, reads_low_precision
 from opendit.patch.registry import Family, Joint, Trait
@@ -230,17 +230,7 @@ def _another_way(processor: object) -> str | None:
     """Why attention is not computed by the default processor on diffusers' default backend."""
     if path(type(processor)) != _PROCESSOR:
         return f"its processor is now {type(processor).__name__}"
-    if getattr(processor, "_parallel_config", None) is not None:
-        return "diffusers' own context parallelism is on"
-    from diffusers.models import attention_dispatch
-
-    chosen: Any = getattr(processor, "_attention_backend", None)
-    if chosen is None:
-        active: Any = attention_dispatch._AttentionBackendRegistry._active_backend
-        chosen = None if active == attention_dispatch.AttentionBackendName.NATIVE else active
-    return (
-        None if chosen is None else f"diffusers' attention backend {getattr(chosen, 'value', chosen)!r} was asked for"
-    )
+    return "diffusers was told an attention backend or a parallel layout for it" if told_how(processor) else None
 
 
 class NoneBetweenBlocks(ChecksArguments):
@@ -273,11 +263,12 @@ def plan(model: Any, planner: Planner) -> None:
 
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
     adaptive = (block.norm1, block.norm1_context)
-    plain = (*(norm.norm for norm in adaptive), block.norm2, block.norm2_context)
     odd = [path(type(norm)) for norm in adaptive if path(type(norm)) != ZERO]
     if odd:
         planner.keep(name, f"its norms are not those of the class: {', '.join(odd)}")
-    elif not all(plain_layernorm(norm) for norm in plain):
+        return
+    plain = (*(norm.norm for norm in adaptive), block.norm2, block.norm2_context)
+    if not all(plain_layernorm(norm) for norm in plain):
         planner.keep(name, "its norms are not torch's LayerNorm over the last dimension")
     else:
         width = block.norm2.normalized_shape[0]
@@ -299,8 +290,10 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
 
 def _plan_single(planner: Planner, name: str, block: Any) -> None:
     norm = block.norm
-    if path(type(norm)) != _ZERO_SINGLE or not plain_layernorm(norm.norm):
-        planner.keep(name, f"its norm is a {path(type(norm))} of {path(type(norm.norm))}, not {_ZERO_SINGLE}")
+    if path(type(norm)) != _ZERO_SINGLE:
+        planner.keep(name, f"its norm is a {path(type(norm))}, not {_ZERO_SINGLE}")
+    elif not plain_layernorm(norm.norm):
+        planner.keep(name, "its norm is not torch's LayerNorm over the last dimension")
     elif type(block.act_mlp) is not nn.GELU or block.act_mlp.approximate not in APPROXIMATIONS:
         planner.keep(name, f"its activation is {block.act_mlp}, not torch's GELU")
     else:

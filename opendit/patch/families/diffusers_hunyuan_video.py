@@ -81,8 +81,8 @@ class FusedDoubleBlock(FusedAdaLN):
         x, e = hidden_states, encoder_hidden_states
         reason = None if _two_sequences(x, e, temb) else _SHAPES
         ada = (self.norm1, self.norm1_context)
-        norms = (*(n.norm for n in ada), self.norm2, self.norm2_context)
-        if any(path(type(n)) != _NORM or n.emb is not None or hooked(n) for n in ada) or not untouched(*norms):
+        odd = any(path(type(n)) != _NORM or n.emb is not None or hooked(n) or not untouched(n.norm) for n in ada)
+        if odd or not untouched(self.norm2, self.norm2_context):
             reason = _TOUCHED
         if reason is not None:
             out: tuple[Tensor, Tensor] = self._upstream(reason, x, e, temb, attention_mask, freqs_cis, *args, **kwargs)

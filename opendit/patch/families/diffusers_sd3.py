@@ -183,11 +183,12 @@ def plan(model: Any, planner: Planner) -> None:
 def _plan_block(planner: Planner, name: str, block: Any) -> None:
     ends, dual = block.context_pre_only, _dual(block)
     kinds = [(block.norm1, _DUAL if dual else ZERO), *([] if ends else [(block.norm1_context, ZERO)])]
-    plain = [block.norm1.norm, block.norm2] + ([] if ends else [block.norm1_context.norm, block.norm2_context])
     odd = [path(type(norm)) for norm, kind in kinds if path(type(norm)) != kind]
     if odd:
         planner.keep(name, f"its norms are not those of the class: {', '.join(odd)}")
-    elif not all(plain_layernorm(norm) for norm in plain):
+        return
+    plain = [*(norm.norm for norm, _ in kinds), block.norm2, *([] if ends else [block.norm2_context])]
+    if not all(plain_layernorm(norm) for norm in plain):
         planner.keep(name, "its norms are not torch's LayerNorm over the last dimension")
     else:
         width = block.norm2.normalized_shape[0]
