@@ -1153,10 +1153,8 @@ def _params():
     shared = {base: {m.make for m in MISSES if m.base == base} for base in ("pixart", "wan")}
     first = {"diffusers-latte": "pixart", "cogvideox": "wan", "hunyuan-video": "wan"}
     for m in MISSES:
-        again = m.base == "diffusers-latte" and m.make in shared
-        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again or m.slow else [])
         again = m.base in first and m.make in shared[first[m.base]]
-        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again else [])
+        yield pytest.param(m, id=m.name, marks=[pytest.mark.slow] if again or m.slow else [])
 
 
 @pytest.mark.parametrize("case", _params())
