@@ -318,14 +318,12 @@ def launch_forward(
     tile: Tile | None = None,
     *,
     scale8: Tensor | None = None,
-    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``forward_fake``'s outputs, written, the residual to memory that is given, in any floating dtype, or new.
+    """``forward_fake``'s outputs, written.
 
     scale8: B·L float32 for the scales of rows that are written in 8 bits (``fp8.py``), where out_dtype is such.
     """
     outputs = forward_fake(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center, residual_dtype)
-    outputs = outputs if residual is None else (residual, *outputs[1:])
     if x.numel() == 0:
         return outputs
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))

@@ -193,13 +193,12 @@ def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
     return norm.forward_fake(*(*inputs, True))
 
 
-def _fused_fake(*inputs: Any, scale8: Tensor | None = None, residual: Tensor | None = None) -> Any:
-    outputs = fused.forward_fake(*(*inputs, True, None))
-    return outputs if residual is None else (residual, *outputs[1:])
+def _fused_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
+    return fused.forward_fake(*inputs)
 
 
-def _gate_fake(x: Tensor, y: Tensor, gate: Tensor, *, residual: Tensor | None = None) -> Tensor:
-    return gating.forward_fake(x, y, gate, None) if residual is None else residual
+def _gate_fake(*inputs: Any, residual: Tensor | None = None) -> Tensor:
+    return gating.forward_fake(*inputs) if residual is None else residual
 
 
 class _Launch:
@@ -264,9 +263,9 @@ class _Forward:
             )
         self.y_a = _linear(self.o.view(M, -1), proj_w.t(), proj_b).view(B, L, D)
         # Rounded in the middle of a block too, a bf16 stream would lose twice as much.
-        r = x.new_empty(x.shape, dtype=torch.float32) if static.wide else None
+        middle, end = (torch.float32, x.dtype) if static.wide else (None, None)
         self.r, self.h_m, self.mean_m, self.rstd_m = run.fused(
-            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, **rows_m, residual=r
+            x, self.y_a, gate_a, shift_m, scale_m, None, None, static.eps_m, low, True, middle, **rows_m
         )
         self.p = product(self.h_m.view(M, D), w1, b1, **rows_m)
         if static.fp8:
@@ -275,9 +274,7 @@ class _Forward:
         else:
             self.g = run.gelu(self.p, static.tanh)
             self.y_m = _linear(self.g, w2t, b2).view(B, L, D)
-        if static.wide and out is None:
-            out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self.out = run.gate(self.r, self.y_m, gate_m, **({} if out is None else {"residual": out}))
+        self.out = run.gate(self.r, self.y_m, gate_m, end, residual=out)
 
     def saved(self, keep: str, static: Static) -> list[Tensor]:
         """What the backward needs besides the inputs, in the order of `_names`."""

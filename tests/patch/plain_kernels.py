@@ -48,8 +48,8 @@ def norm_backward(
     return dx if into is None else into.copy_(dx), sums.to(sums_dtype)
 
 
-def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center=True, residual=None):
-    residual = gate_residual(x, y, gate, residual)
+def fused(x, y, gate, shift, scale, weight, bias, eps, out_dtype, center=True, residual_dtype=None):
+    residual = gate_residual(x, y, gate, residual_dtype)
     return residual, *norm(residual, shift, scale, weight, bias, eps, out_dtype, center)
 
 
@@ -81,10 +81,11 @@ def fused_backward(
     )
 
 
-def gate_residual(x, y, gate, residual=None):
+def gate_residual(x, y, gate, residual_dtype=None, *, residual=None):
     wide_x, wide_y, wide_gate = wide(x, y, gate)
     out = wide_x + wide_gate[:, None] * wide_y
-    return out.to(torch.promote_types(x.dtype, y.dtype)) if residual is None else residual.copy_(out)
+    out = out.to(residual_dtype or torch.promote_types(x.dtype, y.dtype))
+    return out if residual is None else residual.copy_(out)
 
 
 def gate_backward(dr, y, gate, dy, sums, want_dgate, *_):
