@@ -221,19 +221,27 @@ def plan_cross_attention(planner: Planner, name: str, attn: Any) -> None:
     )
 
 
+def comes_as(planner: Planner, name: str, attn: Any, cls: str, processor: str) -> bool:
+    """Whether an attention is of this class and computed by this processor; otherwise notes why it is left."""
+    if path(type(attn)) != cls:
+        planner.keep(name, f"it is a {path(type(attn))}, not {cls}")
+        return False
+    if path(type(attn.processor)) != processor:
+        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
+        return False
+    return True
+
+
 def _default_attention(planner: Planner, name: str, attn: Any) -> bool:
     """Whether it is diffusers' Attention as it comes by default; otherwise notes why it is left."""
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
     present = [extra for extra in extras if getattr(attn, extra, None) is not None]
-    if path(type(attn)) != ATTENTION:
-        planner.keep(name, f"it is a {path(type(attn))}, not {ATTENTION}")
-    elif path(type(attn.processor)) != PROCESSOR:
-        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
-    elif present or attn.residual_connection:
+    if not comes_as(planner, name, attn, ATTENTION, PROCESSOR):
+        return False
+    if present or attn.residual_connection:
         planner.keep(name, f"it has {', '.join(present) or 'a residual connection'}")
-    else:
-        return True
-    return False
+        return False
+    return True
 
 
 def plan_feed_forward(planner: Planner, name: str, ff: Any) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from opendit.kernels.gate_residual import gate_residual
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
-from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
+from opendit.patch.diffusers_parts import ATTENTION, comes_as, is_class, path, plan_feed_forward
 from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
@@ -180,11 +180,7 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
 
 
 def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
-    if path(type(attn)) != ATTENTION:
-        planner.keep(name, f"it is a {path(type(attn))}, not {ATTENTION}")
-        return
-    if path(type(attn.processor)) != _PROCESSOR:
-        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
+    if not comes_as(planner, name, attn, ATTENTION, _PROCESSOR):
         return
     width, K = attn.to_q.weight.shape[1], attn.to_q.weight.shape[0] // attn.heads
 

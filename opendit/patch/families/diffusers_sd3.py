@@ -30,7 +30,7 @@ from opendit.patch.diffusers_joint import (
     plan_continuous,
     unusual,
 )
-from opendit.patch.diffusers_parts import ATTENTION, is_class, path, plan_feed_forward
+from opendit.patch.diffusers_parts import ATTENTION, comes_as, is_class, path, plan_feed_forward
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn, reads_low_precision
 from opendit.patch.registry import Family, Joint, Trait
@@ -235,11 +235,7 @@ def _inputs(length: int, width: int) -> Inputs:
 
 def plan_joint_attention(planner: Planner, name: str, attn: Any) -> None:
     """Offers `DispatchedJointAttention` for diffusers' Attention with its joint processor, or says why not."""
-    if path(type(attn)) != ATTENTION:
-        planner.keep(name, f"it is a {path(type(attn))}, not {ATTENTION}")
-        return
-    if path(type(attn.processor)) != PROCESSOR:
-        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
+    if not comes_as(planner, name, attn, ATTENTION, PROCESSOR):
         return
     width = attn.to_q.weight.shape[1]
     add_q_proj = getattr(attn, "add_q_proj", None)  # absent in older versions where it is None now

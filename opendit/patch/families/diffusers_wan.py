@@ -27,7 +27,7 @@ from opendit.kernels.gate_residual_layernorm_modulate import gate_residual_layer
 from opendit.kernels.layernorm_modulate import layernorm_modulate
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import hooked
-from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward, told_how
+from opendit.patch.diffusers_parts import comes_as, is_class, path, plan_feed_forward, told_how
 from opendit.patch.planner import Planner, has
 from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
@@ -288,11 +288,7 @@ class _TextStandIn(_StandIn):
 
 
 def _plan_attention(planner: Planner, name: str, attn: Any, mixin: type[OnPart]) -> None:
-    if path(type(attn)) != _ATTENTION:
-        planner.keep(name, f"it is a {path(type(attn))}, not {_ATTENTION}")
-        return
-    if path(type(attn.processor)) != _PROCESSOR:
-        planner.keep(name, f"its processor is {type(attn.processor).__name__}")
+    if not comes_as(planner, name, attn, _ATTENTION, _PROCESSOR):
         return
     width, other = attn.to_q.in_features, attn.to_k.in_features
     K = attn.to_q.out_features // attn.heads
