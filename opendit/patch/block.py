@@ -186,7 +186,7 @@ def _short(attention: str, qkv: Tensor) -> bool:
     power it takes slows the rest of a step by more; 12 heads of 64 at L=256: 0.67 against 1.03.
     """
     L, K = qkv.shape[1], qkv.shape[4]
-    return attention == "sdpa-cudnn" and L <= 512 and K <= 96 and short_attention.fits(qkv.dtype, K)
+    return attention == "sdpa-cudnn" and L <= 1024 and K <= 96 and short_attention.fits(qkv.dtype, K)
 
 
 def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
