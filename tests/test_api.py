@@ -43,8 +43,11 @@ def test_explain_names_every_change_and_every_module_left(capsys):
         "blocks.{0-2}.mlp (3): GELU: one pass",
         "kernel layernorm_modulate: reference (auto:",
         "attention: auto",
+        "x_embedder: its own code",
+        "y_embedder: its own code",
     ):
         assert line in printed
+    assert "blocks.{0-2}.adaLN_modulation" not in printed  # it is a part of what was changed
     assert {edit.fqn for edit in plan.edits} >= {"blocks.0", "blocks.1.attn", "final_layer"}
 
 
@@ -58,6 +61,25 @@ def test_explain_before_accelerating_changes_nothing():
     assert [type(m) for m in model.modules()] == kinds
     with pytest.raises(ValueError, match="already accelerated"):
         opendit.explain(opendit.accelerate(model), "train")
+
+
+def test_every_module_is_in_the_plan_or_inside_one_that_is():
+    model = UserDiT(gated=True)
+    model.blocks[0].extra = nn.Linear(2, 2)
+    model.extra = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Identity()})
+    plan = opendit.explain(model, {"sequence_parallel": "ring"}, file=io.StringIO())
+    named = {row.fqn for row in (*plan.edits, *plan.kept)}
+    for fqn, module in model.named_modules():
+        above = {fqn.rsplit(".", i)[0] for i in range(fqn.count(".") + 1)}
+        parts = [name for name in named if name.startswith(f"{fqn}.")]
+        assert not fqn or type(module) is nn.Identity or above & (named - {"blocks"}) or parts, fqn
+
+
+def test_a_method_of_sequence_parallelism_without_processes_is_said():
+    assert "no sequence is spread (sequence_parallel='ring'): sp_size is 1" in text_of(
+        build(DIT), {"sequence_parallel": "ring"}
+    )
+    assert "no sequence is spread" not in text_of(build(DIT))
 
 
 def test_explain_says_what_auto_attention_took():
@@ -116,6 +138,15 @@ def test_a_model_in_which_nothing_fits_is_refused():
 def test_wrong_types(what):
     with pytest.raises(TypeError, match="model: got"):
         opendit.accelerate(what)
+
+
+def test_a_scripted_model_is_refused_by_every_verb():
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    for verb in (opendit.accelerate, opendit.explain):
+        with pytest.raises(TypeError, match=r"model: got RecursiveScriptModule; allowed: .* not scripted"):
+            verb(scripted)
+    with pytest.raises(ValueError, match="is not accelerated"):
+        opendit.restore(scripted)
 
 
 def test_twice_is_refused_also_for_parts_and_copies():

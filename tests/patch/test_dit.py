@@ -12,7 +12,7 @@ from torch import nn
 import opendit
 from tests.comparing import build, relative_errors, run, twin, worst
 from tests.patch.test_families import total
-from tests.tiny_models import TINY, Block, UserDiT, modulate, randomise
+from tests.tiny_models import TINY, Block, Tiny, UserDiT, modulate, randomise
 
 DIT = TINY[0]
 
@@ -45,6 +45,17 @@ def test_active_attention_dropout_is_left_to_upstream():
     assert "dropout active in attention (p=0.1)" in explained(model)
     reference = opendit.restore(twin(model))
     assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+def test_a_scale_changed_later_is_honoured():
+    tiny = Tiny("old timm", "dit", lambda: UserDiT(timm="old"), DIT.inputs)
+    model = build(tiny)
+    reference = twin(model)
+    opendit.accelerate(model)
+    for block in (*model.blocks, *reference.blocks):
+        block.attn.scale = 0.9
+    assert worst(run(model, tiny), run(reference, tiny))[0] <= 1e-5
+    assert "its scale is not 1/√K" in explained(model)
 
 
 def test_dropout_switched_on_later_is_honoured(caplog):

@@ -8,6 +8,7 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -63,7 +64,15 @@ class DispatchedAttention(SpreadAttention):
             return "a hook on its attention weights"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
-        return None
+        return None if self._scale_is_usual() else "its scale is not 1/√K"
+
+    def _scale_is_usual(self) -> bool:
+        """Whether nobody changed what old timm, and new timm without its fused kernels, multiply q·kᵀ with."""
+        scale, width = getattr(self, "scale", None), getattr(self.qkv, "out_features", None)
+        if scale is None or width is None:
+            return True
+        K = width // (3 * self.num_heads)
+        return isinstance(scale, int | float) and math.isclose(scale * K**0.5, 1.0)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -79,6 +88,8 @@ class DispatchedAttention(SpreadAttention):
             return "it normalises q and k"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
+        if not self._scale_is_usual():
+            return "its scale is not 1/√K"
         if not plain_linear(self.qkv, self.proj):
             return "its linears are not torch's own, or something was put on them"
         return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
