@@ -76,6 +76,7 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     if family.name == GENERIC.name:
         units = ()  # nobody says which modules are called only through their block
         plan_division(planner, cfg.plugin if cfg.engine == "torch" else None)
+    _check_called(planner, model)
     _keep_the_rest(planner, model)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
@@ -91,6 +92,17 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
         stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
+
+
+def _check_called(planner: Planner, model: nn.Module) -> None:
+    """A forward on the instance hides that of the class, and with it whatever an edit would do."""
+    for edit in planner.edits:
+        if "forward" in model.get_submodule(edit.fqn).__dict__:
+            raise ValueError(
+                f"model: the forward of {edit.fqn or 'the model itself'} was replaced on the instance (hooks of "
+                f"Accelerate and of offloading do that), so it would go without: {edit.what}. Call accelerate before "
+                "that, or take it off first"
+            )
 
 
 def _keep_the_rest(planner: Planner, model: nn.Module) -> None:

@@ -241,9 +241,22 @@ def test_copies_of_parts_can_be_restored():
 
 def test_restore_refuses_where_someone_holds_on_to_our_forward():
     model = opendit.accelerate(build(DIT))
-    model.blocks[1].forward = model.blocks[1].forward
+    ours = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args: ours(*args)
     with pytest.raises(ValueError, match=r"forward of blocks.1 was replaced after accelerate"):
         opendit.restore(model)
+
+
+@pytest.mark.parametrize("cfg", [{"precision": "bf16"}, "sample"])
+def test_a_forward_on_the_instance_would_hide_what_is_asked_of_the_model(cfg):
+    model = build(DIT)
+    kinds, upstream = [type(m) for m in model.modules()], model.forward
+    model.forward = lambda *args: upstream(*args)
+    for verb in (opendit.accelerate, opendit.explain):
+        with pytest.raises(ValueError, match=r"forward of the model itself was replaced on the instance"):
+            verb(model, cfg)
+    assert [type(m) for m in model.modules()] == kinds
+    opendit.accelerate(model)  # blocks are called all the same
 
 
 def test_restore_after_a_compiled_block_is_gone():

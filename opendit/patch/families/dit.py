@@ -8,7 +8,6 @@ Shapes: x [B, L, D], q/k/v [B, L, H, K]. B batch, L tokens, D hidden, H heads, K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -72,7 +71,7 @@ class DispatchedAttention(SpreadAttention):
         if scale is None or width is None:
             return True
         K = width // (3 * self.num_heads)
-        return isinstance(scale, int | float) and math.isclose(scale * K**0.5, 1.0)
+        return isinstance(scale, (int, float)) and abs(scale * scale * K - 1.0) < 1e-6
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
