@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -278,6 +279,25 @@ def test_a_trait_that_looks_for_what_is_not_there_does_not_hold():
         registry._registered.pop("layered")
     with pytest.raises(ValueError, match="has no traits"):
         opendit.register_family(Family("all", "everything", (), lambda m, p: None, ""))
+
+
+def test_a_model_that_refuses_new_attributes():
+    class Locked(UserDiT):
+        def __setattr__(self, name, value):
+            assert not self.__dict__.get("locked")
+            super().__setattr__(name, value)
+
+    model = randomise(Locked())
+    model.__dict__["locked"] = True
+    assert opendit.explain(opendit.accelerate(model), file=io.StringIO()).family == "dit"
+    assert not any(isinstance(m, Patched) for m in opendit.restore(model).modules())
+
+
+def test_several_threads_may_accelerate_at_once():
+    models = [build(DIT) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(opendit.accelerate, models))
+    assert [len(opendit.explain(m, file=io.StringIO()).edits) for m in models] == [8] * 4
 
 
 class Doubling(Patched):

@@ -239,7 +239,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
             module.__class__ = base
         _uncompile(model, plan)
         raise
-    setattr(model, _PLAN, plan)
+    model.__dict__[_PLAN] = plan  # a model's own __setattr__ may refuse names that it does not know
 
 
 def _uncompile(model: nn.Module, plan: Plan | None) -> None:

@@ -58,6 +58,14 @@ def test_a_scale_changed_later_is_honoured():
     assert "its scale is not 1/√K" in explained(model)
 
 
+def test_attention_compiles_with_dynamic_shapes():
+    attn = opendit.accelerate(randomise(UserDiT(timm="old"))).blocks[0].attn
+    compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+    for length in (5, 9):
+        x = torch.randn(2, length, attn.proj.in_features)
+        torch.testing.assert_close(compiled(x), attn(x))
+
+
 def test_dropout_switched_on_later_is_honoured(caplog):
     model = build(DIT)
     reference = twin(model)
