@@ -107,7 +107,7 @@ def _check_called(planner: Planner, model: nn.Module) -> None:
 
 def _keep_the_rest(planner: Planner, model: nn.Module) -> None:
     """Says of what no family looked at that it stays: the largest modules that hold nothing that was said already."""
-    said = {row.fqn for row in (*planner.edits, *planner.kept)} - {""}
+    said = {edit.fqn for edit in planner.edits} | {kept.fqn for kept in planner.kept}
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():

@@ -276,7 +276,7 @@ def unapply(model: nn.Module) -> None:
     model.__dict__.pop(_PLAN, None)
 
 
-def _its_own(module: nn.Module) -> bool:
+def _its_own(module: Any) -> bool:
     """Whether the forward on this instance is that of its class, as Accelerate's `unwrap_model` leaves it there."""
     forward = module.__dict__["forward"]
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
