@@ -278,8 +278,8 @@ def unapply(model: nn.Module) -> None:
 
 def _its_own(module: Any) -> bool:
     """Whether the forward on this instance is that of its class, as Accelerate's `unwrap_model` leaves it there."""
-    forward = module.__dict__["forward"]
-    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    forward, kind = module.__dict__["forward"], cast(Any, type(module))
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is kind.forward
 
 
 def untouched(*norms: nn.Module) -> bool:

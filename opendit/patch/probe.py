@@ -174,7 +174,7 @@ def _compare(
     return worst and f"its forward computes something else than the fused one ({worst})"
 
 
-_INTERNALS = frozenset(nn.Module().__dict__)
+_INTERNALS = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}  # that of Module.compile
 
 
 def own_attributes(module: nn.Module) -> dict[str, object]:

@@ -66,6 +66,27 @@ def test_attention_compiles_with_dynamic_shapes():
         torch.testing.assert_close(compiled(x), attn(x))
 
 
+def test_blocks_compiled_one_by_one_before_are_fused_and_stay_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build(DIT)
+    expected = run(model, DIT)
+    for part in (*model.blocks, *(block.mlp for block in model.blocks)):
+        part.compile(fullgraph=True, backend=backend)
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    plan = opendit.explain(opendit.accelerate(model), file=io.StringIO())
+    assert {"blocks.0", "blocks.1", "blocks.0.mlp"} <= {edit.fqn for edit in plan.edits}
+    assert worst(run(model, DIT), expected)[0] <= 1e-5
+    assert graphs
+    opendit.restore(model)
+    assert [block._compiled_call_impl for block in model.blocks] == compiled
+    assert worst(run(model, DIT), expected)[0] <= 1e-6
+
+
 def test_dropout_switched_on_later_is_honoured(caplog):
     model = build(DIT)
     reference = twin(model)
