@@ -65,17 +65,30 @@ def _layer_cell(row: Row | None, what: str) -> str:
 
 
 def spread_models(records: Sequence[Record], link: Link) -> str:
-    chosen = _last(records, "model")
-    if not chosen:
-        return ""
-    rows = []
-    for row in chosen[0].rows:
-        if row["part"] == "model":
-            frames = f"{row['frames']} × " if row["frames"] else ""
-            cells = [_model_cell(row, what) for what in ("train", "sample")]
-            rows.append([row["model"], f"{frames}{row['tokens']}", row["variant"], *cells])
-    head = ["", "tokens", "", "training: samples/s, × one, GiB", "forward: samples/s, × one, GiB"]
-    return markdown(head, rows, 3) + "\n" + sources(chosen, link)
+    """Of each model, in training and in sampling, the newest record: multiples stay with what they are multiples of."""
+    newest_of: dict[tuple[str, int, int], dict[str, Record]] = {}
+    for record in records:
+        for row in record.rows if record.theme == "sequence_parallel" else ():
+            if row["part"] == "model":
+                job = newest_of.setdefault((row["model"], row["frames"], row["tokens"]), {})
+                job |= {what: record for what in ("train", "sample") if what in row}
+    body = []
+    for (model, frames, tokens), job in sorted(newest_of.items()):
+        cells: dict[str, dict[str, str]] = {}
+        for what, record in job.items():
+            for row in record.rows:
+                mine = row["part"] == "model" and (row["model"], row["frames"], row["tokens"]) == (
+                    model,
+                    frames,
+                    tokens,
+                )
+                if mine and (what in row or "refused" in row):
+                    cells.setdefault(row["variant"], {})[what] = _model_cell(row, what)
+        said = f"{frames} × {tokens}" if frames else str(tokens)
+        body += [[model, said, v, *(found.get(w, NOTHING) for w in ("train", "sample"))] for v, found in cells.items()]
+    used = [r for r in records if any(r is one for job in newest_of.values() for one in job.values())]
+    head = ["", "tokens", "", "training: samples/s, × one, GiB (activations)", "forward: samples/s, × one, GiB"]
+    return markdown(head, body, 3) + "\n" + sources(used, link) if body else ""
 
 
 def _model_cell(row: Row, what: str) -> str:
@@ -83,7 +96,8 @@ def _model_cell(row: Row, what: str) -> str:
         return row.get("refused") or row[what]["failed"]
     found = row[what]
     times = f"{found['times_one']:.2f}" if found["times_one"] else NOTHING
-    return f"{found['samples_per_s']:.2f}, {times}, {found['gib']:.1f}"
+    activations = f" ({found['activations_gib']:.1f})" if what == "train" and "activations_gib" in found else ""
+    return f"{found['samples_per_s']:.2f}, {times}, {found['gib']:.1f}{activations}"
 
 
 def spread_curve(records: Sequence[Record], link: Link) -> str:
@@ -104,17 +118,61 @@ def engines(records: Sequence[Record], link: Link) -> str:
     chosen = newest(records, "engines")
     rows = [
         [
-            f"{row['model']}, {row['image_size']} px, {row['batch']} per process",
+            _engine_case(row),
             row["variant"],
             row.get("error") or number(row["ms"], 1),
             number(row.get("images_per_s")),
             number(row.get("peak_gib"), 1),
-            number(row.get("states_gib"), 2),
+            *(number(row.get(f"{what}_gib"), 2) for what in ("states", "states_on_host", "ema")),
         ]
         for record in chosen
         for row in record.rows
     ]
-    head = ["", "", "ms/step", "img/s, all", "peak GiB", "of these parameters and moments"]
+    memory = ["peak GiB", "of these parameters and moments", "these on the host", "averages"]
+    head = ["", "", "ms/step", "img/s, all", *memory]
+    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+
+
+def _engine_case(row: Row) -> str:
+    cap = f", at most {row['cap_gib']:g} GiB" if row.get("cap_gib") else ""
+    gpus = "1 GPU" if row["processes"] == 1 else f"{row['processes']} GPUs"
+    return f"{row['model']}, {row['image_size']} px, {gpus}, {row['batch']} each{cap}"
+
+
+def updates(records: Sequence[Record], link: Link) -> str:
+    """What checking gradients and averaging add to `optimizer.step()`, beside the plugin without them."""
+    chosen = [r for r in newest(records, "engines") if any("update_ms" in row for row in r.rows)]
+    rows = []
+    for record in chosen:
+        plain = {row["variant"]: row for row in record.rows if "update_ms" in row}
+        for name, row in plain.items():
+            alone = plain.get(name.split()[0])
+            if alone is not None and alone is not row:
+                more = row["update_ms"] - alone["update_ms"]
+                cells = [number(r["update_ms"], 2) for r in (alone, row)]
+                rows.append([_engine_case(row), name, *cells, number(100 * more / row["ms"], 2, " %")])
+    head = ["", "", "`optimizer.step()` of the plugin alone, ms", "with it, ms", "of a step"]
+    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+
+
+def saves(records: Sequence[Record], link: Link) -> str:
+    chosen = [r for r in newest(records, "engines") if any("save" in row for row in r.rows)]
+    rows = []
+    for row in (row for record in chosen for row in record.rows if "save" in row):
+        found = row["save"]
+        stalls = [number(seconds, 2) for seconds in found["stall_s"]]
+        after = [number(found["written_s"], 1), number(row["ms"], 1), number(found["ms_meanwhile"], 1)]
+        rows.append([_engine_case(row), row["variant"], number(found["gib"], 1), *stalls, *after])
+    head = [
+        "",
+        "",
+        "GiB",
+        "first save holds up, s",
+        "the next, s",
+        "written after, s",
+        "ms/step",
+        "while it is written",
+    ]
     return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
 
 
@@ -124,4 +182,6 @@ TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
     "spread-models": spread_models,
     "spread-curve": spread_curve,
     "engines": engines,
+    "engine-updates": updates,
+    "engine-saves": saves,
 }

@@ -46,10 +46,28 @@ def test_a_wrong_method_gets_no_time():
 
 def test_models_are_compared_and_timed():
     rows = found("models")
-    assert [row["variant"] for row in rows] == ["one", "sp=2", "dp=2"] * 2
-    for row in rows:
-        assert row["train"]["samples_per_s"] > 0
+    again = "sp=2, input gathered again"
+    train, train_video, sample = ["one", "sp=2", again, "dp=2"], ["one", "sp=2", "dp=2"], ["one", "sp=2", "dp=2"] * 2
+    assert [row["variant"] for row in rows] == [*train, *train_video, *sample]
+    for i, row in enumerate(rows):
+        what = "train" if i < 7 else "sample"
+        assert row[what]["samples_per_s"] > 0
+        assert row[what]["states_gib"] > 0
+        assert row[what]["times_one"] is not None
         assert ("error_ratio" in row) == row["variant"].startswith("sp")
+        assert "/s" in sequence_parallel.in_words(row)
+    assert rows[2]["train"]["method"] == "fastseq"
+
+
+def test_what_has_no_room_on_one_is_checkpointed_in_full():
+    one, spread, _, dp, full, spread_full = found("cramped")
+    assert one["train"] == {"failed": "out of memory"}
+    assert spread["train"]["times_one"] is None
+    assert "no room" in dp["train"]["failed"]
+    assert full["variant"] == "one, checkpointed in full"
+    assert full["train"]["times_one"] == 1
+    assert spread_full["train"]["times_one"] > 0
+    assert "no room" in sequence_parallel.in_words(spread)
 
 
 def test_the_curve_is_one_devices():
