@@ -28,10 +28,10 @@ from opendit.checkpoint import Saving
 def save_twice(folder: Path, training: Any, step: Callable[[], Any], steps: int) -> dict[str, Any]:
     """Saves `training.model` and `training.optimizer` twice, the second time while `steps` steps go on.
 
-    Every process calls it. `folder` must not exist; it is removed afterwards.
+    Every process calls it. `folder` must not exist, and is removed afterwards.
     """
     if folder.exists():
-        raise ValueError(f"save: got {folder}, which exists; allowed: a folder that can be made and removed")
+        raise ValueError(f"folder: got {folder}, which exists; allowed: one that can be made and removed")
     dist.barrier()
     try:
         first, saving, began = _stall(folder, training, 1)

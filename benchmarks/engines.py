@@ -2,20 +2,21 @@
 
     torchrun --nproc-per-node=2 benchmarks/engines.py                    # DiT-XL/2, 256 px, 64 samples per GPU
     torchrun --nproc-per-node=2 benchmarks/engines.py --batch 128 --variants "ddp by hand" ddp zero2
-    torchrun --nproc-per-node=2 benchmarks/engines.py --variants ddp "ddp skipping" "ddp ema" --save /tmp/checkpoints
+    torchrun --nproc-per-node=2 benchmarks/engines.py --variants ddp "ddp skipping" "zero2 ema saving"
     python benchmarks/engines.py --cap-gib 8 --batch 8 --variants ddp gemini   # what fits into 8 GiB of one GPU
     python benchmarks/engines.py --smoke                                 # a tiny model on the CPU: does the script work
 
     ddp by hand     torch.compile of the whole model, in DDP with gradients in its buckets
     fsdp2 by hand   each block compiled, then fully_shard per block: bf16 gathers, fp32 reduction
-    the plugins     opendit.accelerate(model, {recipe "train", plugin}, optimizer=...); "skipping": with
-                    skip_nonfinite=True; "ema": with ema=0.9999, which skips too
+    the plugins     opendit.accelerate(model, {recipe "train", plugin}, optimizer=...); then, in any order:
+    skipping        with skip_nonfinite=True
+    ema             with ema=0.9999, which skips too
+    saving          as it is; then, how long a save in the background holds training up (background_save.py)
 
 Everywhere bf16 autocast over fp32 parameters, and fused AdamW. Step i of process r draws the same batch whatever
 the variant, so first losses must agree to bf16's rounding, or there is no figure. A cap is torch's own limit on what a
 process may allocate on its GPU; what goes beyond it is out of memory, as on a smaller card. `update_ms` is
-`optimizer.step()` alone, with what it does besides. --save: how long a save in the background holds training up
-(benchmarks/background_save.py). Process 0 writes the JSON, after each row.
+`optimizer.step()` alone, with what it does besides. Process 0 writes the JSON, after each row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import itertools
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,7 @@ from opendit.wrapping import unwrap
 
 BY_HAND = ("ddp by hand", "fsdp2 by hand")
 PLUGINS = ("ddp", "zero1", "zero2", "zero3", "gemini")
-MORE = {"skipping": {"skip_nonfinite": True}, "ema": {"ema": EMA_DECAY}}
-VARIANTS = (*BY_HAND, *PLUGINS, *(f"{plugin} {more}" for plugin in PLUGINS for more in MORE))
+MORE: dict[str, dict[str, Any]] = {"skipping": {"skip_nonfinite": True}, "ema": {"ema": EMA_DECAY}, "saving": {}}
 # How far a first loss may be from the first variant's: an order above what bf16 rounding gave on one GPU.
 AGREE = 5e-3
 
@@ -98,10 +99,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, help="GPU memory that each process may allocate; default: all")
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps per sample")
+    allowed = f"{', '.join((*BY_HAND, *PLUGINS))}; a plugin and any of {', '.join(MORE)}"
+    parser.add_argument("--variants", nargs="+", type=variant, metavar="V", help=f"of {allowed}. Default: the first 7")
+    folder = Path(tempfile.gettempdir()) / f"saves_{os.getppid()}"  # alike in all processes of a torchrun
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, metavar="V", help=f"of {', '.join(VARIANTS)}; default: the first 7"
+        "--folder", type=Path, default=folder, help="for checkpoints, made and removed; here: %(default)s"
     )
-    parser.add_argument("--save", type=Path, help="a folder for checkpoints, made and removed: time saves of plugins")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, nothing written")
     args = parser.parse_args()
@@ -110,6 +113,13 @@ def parse() -> argparse.Namespace:
         args.model, args.image_size, args.batch, args.samples, args.steps = "smoke", 32, 2, 1, 1
         os.environ["TRITON_INTERPRET"] = "1"
     return args
+
+
+def variant(name: str) -> str:
+    plugin, *more = name.split()
+    if name not in BY_HAND and (plugin not in PLUGINS or not set(more) <= set(MORE)):
+        raise argparse.ArgumentTypeError(f"got {name!r}")
+    return name
 
 
 class Training:
@@ -220,9 +230,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         row["peak_gib"] = agreed(torch.cuda.max_memory_allocated() / 2**30)
         row["reserved_gib"] = agreed(torch.cuda.max_memory_reserved() / 2**30)
     row |= {key: agreed(value) for key, value in training.states_gib().items()}
-    row["update_ms"] = agreed(training.update_ms(next(steps), 1 if args.smoke else 15))
-    if args.save is not None and name not in BY_HAND:
-        row["save"] = save_twice(args.save, training, lambda: training.step(next(steps)), args.steps)
+    row["update_ms"] = agreed(training.update_ms(next(steps), args.samples * args.steps))
+    if "saving" in name.split():
+        row["save"] = save_twice(args.folder, training, lambda: training.step(next(steps)), args.steps)
     return row
 
 
@@ -233,10 +243,10 @@ def agreement(losses: list[float], reference: list[float]) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"{row['variant']:14s} {row['error']}"
+        return f"{row['variant']:16s} {row['error']}"
     memory = f", peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
     return (
-        f"{row['variant']:14s} {row['ms']:8.1f} ms, {row['images_per_s']:.0f} img/s{memory}, states "
+        f"{row['variant']:16s} {row['ms']:8.1f} ms, {row['images_per_s']:.0f} img/s{memory}, states "
         f"{row['states_gib']:.2f} + {row['states_on_host_gib']:.2f} GiB, averages {row['ema_gib']:.2f}, update "
         f"{row['update_ms']:.2f} ms, losses {row['losses_apart']:.0e} apart{saving_in_words(row)}"
     )

@@ -24,7 +24,7 @@ def test_smoke():
 
 
 def test_averages_and_saves_are_measured(tmp_path):
-    plain, averaged = smoke(variants=("ddp", "zero2 ema"), more=("--save", str(tmp_path / "checkpoints")))
+    plain, averaged = smoke(variants=("ddp", "zero2 ema saving"), more=("--folder", str(tmp_path / "checkpoints")))
     assert "averages 0.00" in plain
     assert "a save holds it up" in averaged
     assert not (tmp_path / "checkpoints").exists()
