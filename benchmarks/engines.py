@@ -9,6 +9,7 @@
     ddp by hand     torch.compile of the whole model, in DDP with gradients in its buckets
     fsdp2 by hand   each block compiled, then fully_shard per block: bf16 gathers, fp32 reduction
     the plugins     opendit.accelerate(model, {recipe "train", plugin}, optimizer=...); then, in any order:
+    ungraphed       with cuda_graphs=False, as FSDP2's always are
     skipping        with skip_nonfinite=True
     ema             with ema=0.9999, which skips too
     saving          as it is; then, how long a save in the background holds training up (background_save.py)
@@ -50,7 +51,12 @@ from opendit.wrapping import unwrap
 
 BY_HAND = ("ddp by hand", "fsdp2 by hand")
 PLUGINS = ("ddp", "zero1", "zero2", "zero3", "gemini")
-MORE: dict[str, dict[str, Any]] = {"skipping": {"skip_nonfinite": True}, "ema": {"ema": EMA_DECAY}, "saving": {}}
+MORE: dict[str, dict[str, Any]] = {
+    "ungraphed": {"cuda_graphs": False},
+    "skipping": {"skip_nonfinite": True},
+    "ema": {"ema": EMA_DECAY},
+    "saving": {},
+}
 # How far a first loss may be from the first variant's: an order above what bf16 rounding gave on one GPU.
 AGREE = 5e-3
 

@@ -114,8 +114,22 @@ def spread_curve(records: Sequence[Record], link: Link) -> str:
     return markdown(head, rows) + "\n" + sources(chosen, link)
 
 
+def _engine_rows(records: Sequence[Record]) -> tuple[list[Row], list[Record]]:
+    """Of each configuration the newest record, together with those of the same code and day; of a variant the last."""
+    rows, used = [], []
+    for last in newest(records, "engines"):
+        run = [r for r in records if (r.theme, *_run(r)) == ("engines", *_run(last))]
+        rows += list({row["variant"]: row for record in run for row in record.rows}.values())
+        used += run
+    return rows, used
+
+
+def _run(record: Record) -> tuple[object, ...]:
+    return record.configuration, record.data["commit"], record.data["date"]
+
+
 def engines(records: Sequence[Record], link: Link) -> str:
-    chosen = newest(records, "engines")
+    found, used = _engine_rows(records)
     rows = [
         [
             _engine_case(row),
@@ -125,12 +139,11 @@ def engines(records: Sequence[Record], link: Link) -> str:
             number(row.get("peak_gib"), 1),
             *(number(row.get(f"{what}_gib"), 2) for what in ("states", "states_on_host", "ema")),
         ]
-        for record in chosen
-        for row in record.rows
+        for row in found
     ]
     memory = ["peak GiB", "of these parameters and moments", "these on the host", "averages"]
     head = ["", "", "ms/step", "img/s, all", *memory]
-    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+    return markdown(head, rows, 2) + "\n" + sources(used, link) if rows else ""
 
 
 def _engine_case(row: Row) -> str:
@@ -141,28 +154,28 @@ def _engine_case(row: Row) -> str:
 
 def updates(records: Sequence[Record], link: Link) -> str:
     """What checking gradients and averaging add to `optimizer.step()`, beside the plugin without them."""
-    chosen = [r for r in newest(records, "engines") if any("update_ms" in row for row in r.rows)]
+    found, used = _engine_rows(records)
+    timed = {(_engine_case(row), row["variant"]): row for row in found if "update_ms" in row and "error" not in row}
     rows = []
-    for record in chosen:
-        plain = {row["variant"]: row for row in record.rows if "update_ms" in row}
-        for name, row in plain.items():
-            alone = plain.get(name.split()[0])
-            if alone is not None and alone is not row:
-                more = row["update_ms"] - alone["update_ms"]
-                cells = [number(r["update_ms"], 2) for r in (alone, row)]
-                rows.append([_engine_case(row), name, *cells, number(100 * more / row["ms"], 2, " %")])
+    for (case, name), row in timed.items():
+        words = name.split()
+        alone = timed.get((case, " ".join(w for w in words if w not in ("skipping", "ema", "saving"))))
+        if {"skipping", "ema"} & set(words) and alone is not None:
+            more = row["update_ms"] - alone["update_ms"]
+            cells = [number(r["update_ms"], 2) for r in (alone, row)]
+            rows.append([case, name, *cells, number(100 * more / row["ms"], 2, " %")])
     head = ["", "", "`optimizer.step()` of the plugin alone, ms", "with it, ms", "of a step"]
-    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+    return markdown(head, rows, 2) + "\n" + sources(used, link) if rows else ""
 
 
 def saves(records: Sequence[Record], link: Link) -> str:
-    chosen = [r for r in newest(records, "engines") if any("save" in row for row in r.rows)]
+    found, used = _engine_rows(records)
     rows = []
-    for row in (row for record in chosen for row in record.rows if "save" in row):
-        found = row["save"]
-        stalls = [number(seconds, 2) for seconds in found["stall_s"]]
-        after = [number(found["written_s"], 1), number(row["ms"], 1), number(found["ms_meanwhile"], 1)]
-        rows.append([_engine_case(row), row["variant"], number(found["gib"], 1), *stalls, *after])
+    for row in (row for row in found if "save" in row):
+        save = row["save"]
+        stalls = [number(seconds, 2) for seconds in save["stall_s"]]
+        after = [number(save["written_s"], 1), number(row["ms"], 1), number(save["ms_meanwhile"], 1)]
+        rows.append([_engine_case(row), row["variant"], number(save["gib"], 1), *stalls, *after])
     head = [
         "",
         "",
@@ -173,7 +186,7 @@ def saves(records: Sequence[Record], link: Link) -> str:
         "ms/step",
         "while it is written",
     ]
-    return markdown(head, rows, 2) + "\n" + sources(chosen, link) if rows else ""
+    return markdown(head, rows, 2) + "\n" + sources(used, link) if rows else ""
 
 
 TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {

@@ -114,8 +114,14 @@ def test_engines_that_differ_in_size_stand_beside_each_other(tmp_path):
     write(tmp_path, "engines_dit-xl-2_256px", [plain, averaged])
     write(tmp_path, "engines_dit-xl-2_256px", [plain | {"processes": 1}], date="2030-01-02")
     write(tmp_path, "engines_dit-xl-2_256px", [plain | {"cap_gib": 8.0, "error": "no"}], date="2030-01-03")
+    write(tmp_path, "engines_dit-xl-2_256px", [plain | {"variant": "ddp by hand", "ms": 99.0}], date="2030-01-01_2")
     lines = table(tmp_path, "engines")
-    for said in ("2 GPUs, 64 each |", "1 GPU, 64 each |", "64 each, at most 8 GiB | ddp | no |"):
+    for said in (
+        "2 GPUs, 64 each | ddp by hand | 99.0",
+        "2 GPUs, 64 each |",
+        "1 GPU, 64 each |",
+        "64 each, at most 8 GiB | ddp | no |",
+    ):
         assert said in lines
     assert "| ddp ema | 6.00 | 6.50 | 0.50 % |" in table(tmp_path, "engine-updates")
     assert "| ddp ema | 10.1 | 2.50 | 0.30 | 9.0 | 100.0 | 110.0 |" in table(tmp_path, "engine-saves")
