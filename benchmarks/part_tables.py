@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from benchmarks.records import Record, Row, newest
-from benchmarks.tables import NOTHING, Link, markdown, number, sources
+from benchmarks.tables import NOTHING, Link, chart, markdown, number, sources
 
 
 def kernels(records: Sequence[Record], link: Link) -> str:
@@ -100,6 +100,18 @@ def _model_cell(row: Row, what: str) -> str:
     return f"{found['samples_per_s']:.2f}, {times}, {found['gib']:.1f}{activations}"
 
 
+def timeline(records: Sequence[Record], link: Link) -> str:
+    chosen = newest(records, "timeline")[-1:]
+    rows = []
+    for row in chosen[0].rows if chosen else []:
+        share = f"{row['hidden_us'] / row['wire_us']:.0%}" if row["wire_us"] else NOTHING
+        rows.append([row["method"], row["pass"], number(row["whole_us"]), number(row["wire_us"]), share])
+    if not rows:
+        return ""
+    head = [f"{chosen[0].rows[0]['tokens']} tokens", "", "µs", "of these a transfer is under way", "of that hidden"]
+    return markdown(head, rows, 2) + chart(chosen, "timeline", link) + "\n" + sources(chosen, link)
+
+
 def spread_curve(records: Sequence[Record], link: Link) -> str:
     chosen = _last(records, "curve")
     rows = []
@@ -155,6 +167,7 @@ def _engine_case(row: Row) -> str:
 def updates(records: Sequence[Record], link: Link) -> str:
     """What checking gradients and averaging add to `optimizer.step()`, beside the plugin without them."""
     found, used = _engine_rows(records)
+    used = [record for record in used if any("update_ms" in row for row in record.rows)]
     timed = {(_engine_case(row), row["variant"]): row for row in found if "update_ms" in row and "error" not in row}
     rows = []
     for (case, name), row in timed.items():
@@ -170,6 +183,7 @@ def updates(records: Sequence[Record], link: Link) -> str:
 
 def saves(records: Sequence[Record], link: Link) -> str:
     found, used = _engine_rows(records)
+    used = [record for record in used if any("save" in row for row in record.rows)]
     rows = []
     for row in (row for row in found if "save" in row):
         save = row["save"]
@@ -194,6 +208,7 @@ TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
     "spread-layers": spread_layers,
     "spread-models": spread_models,
     "spread-curve": spread_curve,
+    "spread-timeline": timeline,
     "engines": engines,
     "engine-updates": updates,
     "engine-saves": saves,

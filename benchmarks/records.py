@@ -29,6 +29,7 @@ THEMES = (
     "attention",
     "engines",
     "sequence_parallel",
+    "timeline",
     "video",
 )
 LABELS = {

@@ -11,6 +11,7 @@ layers   x [1, L, D] → q, k, v → attention → output projection, each proce
          included.
 models   training steps and sampling forwards: one GPU, one sample over all (sp), a sample each (dp);
          benchmarks/spread_models.py has what they are.
+timeline (by name only) which kernel runs when: benchmarks/spread_timeline.py; the first of --tokens, or 16384.
 curve    the losses of 200 steps of a small DiT on one device and spread over all, on the same noise, bf16 autocast.
 
 Nothing is timed that was not compared first, in the same run and at the same number of tokens: layers with one device's
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import RESULTS, agreed, summary, synchronize, time_graph, write_results
 from benchmarks.spread_models import CURVE, HEAD_DIM, HEADS, JOBS, LONG, SMOKE, WHAT, curve_rows, model_rows
+from benchmarks.spread_timeline import timeline_rows
 from opendit.attention import attend, blockwise
 from opendit.errors import relative_errors
 from opendit.fastseq import Projection, SelfAttention, Sequence, mesh, methods
@@ -72,7 +74,8 @@ def main() -> int:
         if dist.get_rank() == 0:
             print(in_words(row), flush=True)
             if not args.smoke:  # after every row, for the next one may take the process down
-                path = write_results("sequence_parallel", results, args.out, path, processes=dist.get_world_size())
+                theme = "timeline" if args.only == "timeline" else "sequence_parallel"
+                path = write_results(theme, results, args.out, path, processes=dist.get_world_size())
     if path:
         print(f"written to {path}")
     gc.collect()
@@ -83,8 +86,8 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbered = [f"{i}: {job.name} {job.frames or ''} {job.tokens}".replace("  ", " ") for i, job in enumerate(JOBS)]
-    parser.add_argument("--only", choices=("layers", "models", "curve"), help="default: all")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="L", help="of the layers")
+    parser.add_argument("--only", choices=("layers", "models", "curve", "timeline"), help="default: the first three")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="L", help="of the layers")
     models = {"nargs": "+", "type": int, "default": list(range(len(JOBS))), "metavar": "I"}
     parser.add_argument("--models", **models, help=f"some of {', '.join(map(str, numbered))}; in this order")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="of the models, in this order")
@@ -94,13 +97,16 @@ def parse() -> argparse.Namespace:
 
 
 def rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    sizes = (4, 8) if args.smoke else (HEADS, HEAD_DIM)
     if args.only in (None, "layers"):
-        for tokens in (19, 32) if args.smoke else args.tokens:
-            yield from layer_rows(Layer(4 if args.smoke else HEADS, 8 if args.smoke else HEAD_DIM, device), tokens)
+        for tokens in (19, 32) if args.smoke else args.tokens or TOKENS:
+            yield from layer_rows(Layer(*sizes, device), tokens)
     if args.only in (None, "models"):
         yield from model_rows(SMOKE if args.smoke else [JOBS[i] for i in args.models], args.what, device)
     if args.only in (None, "curve"):
         yield from curve_rows(SMOKE[0] if args.smoke else CURVE, 4 if args.smoke else 200, device)
+    if args.only == "timeline":
+        yield from timeline_rows(Layer(*sizes, device), 32 if args.smoke else (args.tokens or [LONG])[0])
 
 
 # -- one layer ---------------------------------------------------------------------------------------------------------
@@ -235,6 +241,9 @@ def in_words(row: dict[str, Any]) -> str:
         last = statistics.fmean(row["losses"][-row["smoothed_over"] :])
         head = f"{len(row['losses'])} steps of {row['model']}, {row['variant']:9}"
         return f"{head}: ends at {last:.5f}, {row['apart']:.1e} apart"
+    if row["part"] == "timeline":
+        head = f"{row['tokens']} tokens  {row['method']:<18}  {row['pass']:<8}  {row['whole_us']:8.0f} µs"
+        return f"{head}, on the wire {row['wire_us']:.0f}, hidden of that {row['hidden_us']:.0f}"
     if row["part"] == "layer":
         head = f"{row['tokens']:6} tokens  {row['method']:<18}"
     else:

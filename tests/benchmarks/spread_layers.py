@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import sequence_parallel, spread_models
+from benchmarks import sequence_parallel, spread_models, spread_timeline
 from tests.fastseq import going_wrong
 
 
 def cases(world: int) -> dict[str, Any]:
-    return {"right": _rows, "wrong": _wrong, "models": _models, "cramped": _cramped, "curve": _curve}
+    return {
+        "right": _rows,
+        "wrong": _wrong,
+        "models": _models,
+        "cramped": _cramped,
+        "curve": _curve,
+        "timeline": _timeline,
+    }
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -47,3 +54,7 @@ def _cramped() -> list[dict[str, Any]]:
 
 def _curve() -> list[dict[str, Any]]:
     return list(spread_models.curve_rows(spread_models.SMOKE[0], 4, torch.device("cpu")))
+
+
+def _timeline() -> list[dict[str, Any]]:
+    return list(spread_timeline.timeline_rows(sequence_parallel.Layer(4, 8, torch.device("cpu")), 32))

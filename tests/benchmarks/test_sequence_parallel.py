@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sequence_parallel
+from benchmarks import charts, part_tables, sequence_parallel, spread_timeline
 from benchmarks.common import write_results
 from benchmarks.records import load
 from tests.launch import of_every_rank
@@ -76,6 +76,28 @@ def test_the_curve_is_one_devices():
     assert len(set(one["losses"])) == len(one["losses"]) == 4
     assert 0 <= spread["apart"] < 1e-3  # bf16
     assert "4 steps" in sequence_parallel.in_words(spread)
+
+
+def test_the_timeline_shows_what_is_on_the_wire(tmp_path):
+    rows = found("timeline")
+    assert [(row["method"], row["pass"]) for row in rows] == [
+        (method, direction) for method in spread_timeline.METHODS for direction in ("forward", "backward")
+    ]
+    for row in rows:
+        assert {"wire", "product"} <= {k["kind"] for k in row["kernels"]}
+        assert 0 < row["wire_us"] <= row["whole_us"]
+        assert 0 <= row["hidden_us"] <= row["wire_us"]
+        assert "on the wire" in sequence_parallel.in_words(row)
+    write_results("timeline", rows, folder=tmp_path)
+    assert "| fastseq overlapped | backward |" in part_tables.timeline(load(tmp_path), lambda record: "")
+    pytest.importorskip("matplotlib")
+    assert [path.name for path in charts.draw_all(tmp_path)] == ["timeline.png"]
+
+
+def test_hidden_is_what_is_computed_while_something_travels():
+    spans = [("wire", 0, 10), ("wire", 8, 14), ("product", 4, 6), ("copy", 5, 9), ("attention", 13, 20)]
+    kernels = [{"kind": kind, "start_us": start, "end_us": end} for kind, start, end in spans]
+    assert spread_timeline.hidden(kernels) == {"wire_us": 14, "hidden_us": 6, "whole_us": 20}
 
 
 @pytest.mark.slow
