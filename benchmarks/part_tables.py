@@ -34,15 +34,18 @@ def _kernel_cell(found: dict[str, Row]) -> str:
     return f"{ours['ms']['median']:.3f} / {ours['share_of_copy']:.0%} / {ratio}"
 
 
-def _last(records: Sequence[Record], part: str) -> list[Record]:
+def _last(records: Sequence[Record], part: str, theme: str = "sequence_parallel") -> list[Record]:
     """The newest record with rows of a part of the sequence-parallel benchmark."""
-    found = [r for r in records if r.theme == "sequence_parallel" and any(row["part"] == part for row in r.rows)]
+    found = [r for r in records if r.theme == theme and any(row["part"] == part for row in r.rows)]
     return found[-1:]
 
 
 def spread_layers(records: Sequence[Record], link: Link) -> str:
     """Milliseconds of one attention layer, and of these what is exposed communication."""
-    chosen = _last(records, "layer")
+    return _layers(_last(records, "layer"), link)
+
+
+def _layers(chosen: list[Record], link: Link) -> str:
     if not chosen:
         return ""
     rows = [row for row in chosen[0].rows if row["part"] == "layer"]
@@ -53,6 +56,8 @@ def spread_layers(records: Sequence[Record], link: Link) -> str:
         for name in names:
             mine = {row["tokens"]: row for row in rows if row["method"] == name}
             body.append([said, name, *(_layer_cell(mine.get(n), what) for n in tokens)])
+    refused = [f"{row['method']}, {row['tokens']} tokens: {row['refused']}" for row in rows if "refused" in row]
+    body += [["refused", why, *([NOTHING] * len(tokens))] for why in refused]
     return markdown(["", "", *(f"{n} tokens" for n in tokens)], body, 2) + "\n" + sources(chosen, link)
 
 
@@ -98,6 +103,33 @@ def _model_cell(row: Row, what: str) -> str:
     times = f"{found['times_one']:.2f}" if found["times_one"] else NOTHING
     activations = f" ({found['activations_gib']:.1f})" if what == "train" and "activations_gib" in found else ""
     return f"{found['samples_per_s']:.2f}, {times}, {found['gib']:.1f}{activations}"
+
+
+def peers_layers(records: Sequence[Record], link: Link) -> str:
+    """The layer of `spread_layers` beside others' exchange."""
+    return _layers(_last(records, "layer", "peers"), link)
+
+
+def peers_models(records: Sequence[Record], link: Link) -> str:
+    """Milliseconds of a forward over two GPUs, of the same blocks."""
+    chosen = _last(records, "model", "peers")
+    rows = [row for record in chosen for row in record.rows if row["part"] == "model"]
+    if not rows:
+        return ""
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = {row["tokens"]: row for row in rows if row["variant"] == name}
+        body.append([name, *(_peer_cell(mine.get(n)) for n in tokens)])
+    said = ", ".join(f"{name} {version}" for name, version in chosen[0].data["peers"].items() if name == "diffusers")
+    table = markdown([f"{rows[0]['model']}, {said}", *(f"{n} tokens: ms, × one" for n in tokens)], body)
+    return table + "\n" + sources(chosen, link)
+
+
+def _peer_cell(row: Row | None) -> str:
+    if row is None or "ms" not in row:
+        return row.get("refused", NOTHING) if row else NOTHING
+    return f"{row['ms']['median']:.2f}, {row['times_one']:.2f}"
 
 
 def timeline(records: Sequence[Record], link: Link) -> str:
@@ -209,6 +241,8 @@ TABLES: dict[str, Callable[[Sequence[Record], Link], str]] = {
     "spread-models": spread_models,
     "spread-curve": spread_curve,
     "spread-timeline": timeline,
+    "peers-layers": peers_layers,
+    "peers-models": peers_models,
     "engines": engines,
     "engine-updates": updates,
     "engine-saves": saves,

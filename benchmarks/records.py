@@ -30,6 +30,7 @@ THEMES = (
     "engines",
     "sequence_parallel",
     "timeline",
+    "peers",
     "video",
 )
 LABELS = {

@@ -28,7 +28,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def four_calls(x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
     return to_tokens(layer.attend(q, k, v), layer.heads, line, local).flatten(2)
 
 
-def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
+def layer_rows(layer: Layer, tokens: int, names: Iterable[str] = METHODS) -> Iterator[dict[str, Any]]:
     size, weight = dist.get_world_size(), layer.qkv.weight
     torch.manual_seed(1)
     width = weight.shape[1]
@@ -172,10 +172,14 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
     yield {"part": "layer", "method": "floor", "tokens": tokens, "width": width, "dtype": str(weight.dtype), **floor}
     x, dpart = (split_tokens(t.detach(), size) for t in (whole, dout))
     x.requires_grad_()
-    for name in METHODS:
+    for name in names:
         row: dict[str, Any] = {"part": "layer", "method": name, "tokens": tokens, "width": width}
-        out = gather_tokens(layer.spread(name, split_tokens(whole, size)), size)
-        found = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
+        try:
+            out = gather_tokens(layer.spread(name, split_tokens(whole, size)), size)
+            found = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
+        except Exception as error:  # of all processes alike, or the collectives' time-out ends the run
+            yield row | {"refused": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"}
+            continue
         del out
         for gradient in list(found.values())[2:]:
             dist.all_reduce(gradient)

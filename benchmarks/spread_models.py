@@ -141,13 +141,13 @@ def job_rows(job: Job, what: str, device: torch.device) -> Iterator[Row]:
     facts = {"part": "model", "model": job.name, "tokens": job.tokens, "frames": job.frames, "depth": job.depth}
     size = dist.get_world_size()
     wanted = variants(job, what, size)
-    fits = {v.sp for v in wanted}
+    has_room = True
     rates: dict[str, float] = {}
     ratios: dict[str, float] = {}
     while wanted:
         variant = wanted.pop(0)
         row: Row = {**facts, "variant": variant.name}
-        if variant.sp == 1 and 1 not in fits and variant.together:
+        if variant.samples > 1 and not has_room:
             yield row | {what: {"failed": "not tried: one has no room"}}
             continue
         try:
@@ -163,7 +163,7 @@ def job_rows(job: Job, what: str, device: torch.device) -> Iterator[Row]:
             # Shapes are the same on all, and so is what they run out of.
             row[what] = {"failed": "out of memory"}
             if variant.name == "one" and what == "train":
-                fits.discard(1)
+                has_room = False
                 wanted += where_one_has_no_room(job, size)
         except Exception as error:  # where only some processes fail, the collectives' time-out ends the run
             row[what] = {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}

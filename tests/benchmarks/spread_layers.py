@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import sequence_parallel, spread_models, spread_timeline
+from benchmarks import peers, sequence_parallel, spread_models, spread_timeline
 from tests.fastseq import going_wrong
 
 
@@ -18,6 +18,7 @@ def cases(world: int) -> dict[str, Any]:
         "cramped": _cramped,
         "curve": _curve,
         "timeline": _timeline,
+        "peers": _peers,
     }
 
 
@@ -58,3 +59,9 @@ def _curve() -> list[dict[str, Any]]:
 
 def _timeline() -> list[dict[str, Any]]:
     return list(spread_timeline.timeline_rows(sequence_parallel.Layer(4, 8, torch.device("cpu")), 32))
+
+
+def _peers() -> list[dict[str, Any]]:
+    device = torch.device("cpu")
+    layers = sequence_parallel.layer_rows(peers.PeerLayer(4, 8, device), 32, ("ulysses", "yunchang ulysses"))
+    return [*layers, *peers.model_rows(peers.TINY["wan"], device)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import charts, part_tables, sequence_parallel, spread_timeline
+from benchmarks import charts, part_tables, peers, sequence_parallel, spread_timeline
 from benchmarks.common import write_results
 from benchmarks.records import load
 from tests.launch import of_every_rank
@@ -98,6 +98,25 @@ def test_hidden_is_what_is_computed_while_something_travels():
     spans = [("wire", 0, 10), ("wire", 8, 14), ("product", 4, 6), ("copy", 5, 9), ("attention", 13, 20)]
     kernels = [{"kind": kind, "start_us": start, "end_us": end} for kind, start, end in spans]
     assert spread_timeline.hidden(kernels) == {"wire_us": 14, "hidden_us": 6, "whole_us": 20}
+
+
+def test_peers_stand_beside_ours_or_say_why_not(tmp_path):
+    pytest.importorskip("diffusers")
+    rows = found("peers")
+    layers, models = ({row[what]: row for row in rows if what in row} for what in ("method", "variant"))
+    assert layers["ulysses"]["both"]["median"] > 0
+    assert "both" in layers["yunchang ulysses"] or "yunchang" in layers["yunchang ulysses"]["refused"]
+    assert list(models) == list(peers.MODELS)
+    for name in ("one", "opendit", "opendit sp=2"):
+        assert models[name]["ms"]["median"] > 0
+        assert models[name]["error_ratio"] <= 1.2
+    for row in rows:
+        assert ("refused" in row) != bool({"ms", "both"} & set(row))
+        assert str(row["tokens"]) in peers.words(row)
+    write_results("peers", rows, folder=tmp_path, peers={"diffusers": "0.1"})
+    (record,) = load(tmp_path)
+    assert "| forward | ulysses |" in part_tables.peers_layers([record], lambda record: "")
+    assert "WanTransformer3DModel, diffusers 0.1" in part_tables.peers_models([record], lambda record: "")
 
 
 @pytest.mark.slow
