@@ -41,6 +41,7 @@ LABELS = {
     "opendit": '**`accelerate(model, "train")`**',
     "opendit compiled": '`torch.compile(accelerate(model, "train"))`',
     "opendit fp8": '`"train"` with `precision="fp8"`',
+    "opendit fp8, bf16 residual": '`"train"` with `precision="fp8"`, `residual="bf16"`',
 }
 SAMPLING_LABELS = {
     "torch.compile": "`torch.compile`",

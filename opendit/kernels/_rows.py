@@ -229,7 +229,9 @@ def sum_programs(partials: Tensor, sums: Tensor, wrap: Callable[[Any], Any]) -> 
     B, P, K, D = partials.shape
     chunk = min(256, 1 << (P - 1).bit_length())
     block = max(16, 2048 // chunk)
-    wrap(_sum_programs)[(B, -(-K * D // block))](partials, sums, P, K * D, CHUNK=chunk, BLOCK=block, num_warps=4)
+    wrap(_sum_programs)[(B, -(-K * D // block))](
+        *(partials, sums, P, K * D), CHUNK=chunk, BLOCK=block, num_warps=8 if chunk == 256 else 4
+    )
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
