@@ -95,7 +95,7 @@ def test_the_timeline_shows_what_is_on_the_wire(tmp_path):
 
 
 def test_hidden_is_what_is_computed_while_something_travels():
-    spans = [("wire", 0, 10), ("wire", 8, 14), ("product", 4, 6), ("copy", 5, 9), ("attention", 13, 20)]
+    spans = [("wire", 0, 10), ("wire", 1, 2), ("wire", 8, 14), ("product", 4, 6), ("copy", 5, 9), ("attention", 13, 20)]
     kernels = [{"kind": kind, "start_us": start, "end_us": end} for kind, start, end in spans]
     assert spread_timeline.hidden(kernels) == {"wire_us": 14, "hidden_us": 6, "whole_us": 20}
 
