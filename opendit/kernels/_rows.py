@@ -149,6 +149,8 @@ def downcast(value, dtype: tl.constexpr):
     """float32 to dtype, rounding to nearest even."""
     if dtype == tl.float32:
         return value
+    elif dtype == tl.float64:
+        return value.to(dtype)
     else:
         return value.to(dtype, fp_downcast_rounding="rtne")
 
