@@ -77,7 +77,8 @@ def accelerate(
         booster_cfg: a `BoosterConfig`, a mapping of its fields, or a recipe (`"train"`, `"sample"`).
         optimizer: an optimizer on the model's parameters (the same object comes back; where ColossalAI divides its
             steps, a wrapper that has it as `.inner`), or a factory, such as
-            `functools.partial(torch.optim.AdamW, lr=1e-4)`, which is called last.
+            `functools.partial(torch.optim.AdamW, lr=1e-4)`, which is called last. With a plugin it is called once
+            before that, on the parameters as they came in: what can't be used is refused while nothing has changed.
         sp_size: over how many processes a sequence is spread, a divisor of their number. Every process makes this call,
             and those of one group (sp_size neighbours) run the model on the same inputs; see `seed` and
             `data_parallel_rank`. Where there is no process group, one is set up from torchrun's environment.
@@ -117,6 +118,8 @@ def accelerate(
     if engine is not None:
         engine.check(target, optimizer, _setup(target, cfg, sp_size, plan))
         plan = _without_graphs(plan, engine)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            attaching.check(target, optim.build(optimizer, target), plan.stepping)  # an engine can't be undone
     before = dict(target.named_parameters())
     core.apply(target, plan)
     core.logger.info("%r; opendit.explain(model) shows it in full", plan)

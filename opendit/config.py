@@ -14,7 +14,8 @@ from typing_extensions import TypeVar
 
 from opendit.ema_profiles import EMA
 
-# A factory is called last, with the parameters as they are once the model is in its final form.
+# A factory is called last, with the parameters as they are once the model is in its final form. With a plugin it
+# is called once before, on those that came in: see `opendit.accelerate`.
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 OptimizerT = TypeVar("OptimizerT", bound="Optimizer | OptimizerFactory | None", default=None)

@@ -98,9 +98,10 @@ class ShardedEma:
         """The last update's `found` was 1."""
         self.steps -= 1
 
-    def snapshot_due(self) -> bool:
-        every = self.description.snapshot_every
-        return every > 0 and self.steps % every == 0 and self.steps not in self.snapshots
+    def snapshot_due(self, *, next: bool = False) -> bool:
+        """Whether one is to be written now, or after the next step that is taken."""
+        every, steps = self.description.snapshot_every, self.steps + next
+        return every > 0 and steps % every == 0 and steps not in self.snapshots
 
     def snapshot(self) -> None:
         """Writes the power-function averages, each process its parts."""
@@ -110,18 +111,20 @@ class ShardedEma:
         self.snapshots.append(self.steps)
 
     def check(self, model: nn.Module) -> None:
-        """Raises `RuntimeError` where these are not the model's parameters any more, or copies differ among processes.
+        """Raises `RuntimeError` where these are not the model's parameters any more, or not all that are trained, or
+        copies differ among processes.
 
         Every process calls it.
         """
         reshard(model)
-        now = dict(model.named_parameters())
+        now = {id(p) for p in model.parameters()}
         for part in self.parts:
-            if now.get(part.name) is not part.parameter:
+            if id(part.parameter) not in now:
                 raise RuntimeError(
                     f"model: its parameter {part.name!r} was replaced since the EMA was attached (by fully_shard, or a "
                     "move to other memory), so the EMA doesn't follow it; call opendit.attach(model, optimizer) then"
                 )
+        self.check_complete(model)
         divided = [part.parameter for part in self.parts if part.divided]
         if divided and several():
             sums = torch.stack([p.detach().double().sum() for p in divided]).cpu()
@@ -130,6 +133,16 @@ class ShardedEma:
                     "model: its parameters differ among processes, so they have no common EMA; allowed: one process, "
                     "DDP, or FSDP2. Wrap the model before training"
                 )
+
+    def check_complete(self, model: nn.Module) -> None:
+        """Raises `RuntimeError` where a trainable parameter came, or thawed, since: no average has it."""
+        left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in self.known]
+        if left:
+            raise RuntimeError(
+                f"model: {len(left)} trainable parameters, such as {left[0]!r}, were added or unfrozen after the EMA was "
+                "attached, so no average has them; call opendit.attach(model, optimizer) after that (averages start "
+                "anew), or freeze them"
+            )
 
     def own(self) -> list[Tensor]:
         """Copies of this process's parts of the parameters, in their dtypes."""

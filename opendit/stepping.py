@@ -56,7 +56,8 @@ class Stepper:
     def __init__(self, model: nn.Module, optimizer: Optimizer, wanted: Stepping) -> None:
         self.limit = wanted.limit
         self.ema = ShardedEma(model, wanted.ema) if wanted.ema is not None else None
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.model = weakref.ref(model)
+        self.names = _names(model)
         self.taken = self.skipped = self.in_a_row = 0
         self.last_skipped = False
         self.swapped = False  # the averages stand in for the parameters
@@ -164,17 +165,24 @@ class Stepper:
             )
 
     def _check_known(self, optimizer: Optimizer) -> None:
-        """A parameter that thawed since: nobody scales its gradient back (fp16), and no average follows it."""
+        """A parameter that came or thawed since: nobody scales its gradient back (fp16), and no average follows it."""
         asked = [("precision='fp16'", "its gradient is scaled", self.scale), ("ema", "no average has it", self.ema)]
-        for p in nonfinite.parameters(optimizer) if self.scale is not None or self.ema is not None else ():
-            if id(p) not in self.names or p.grad is None:
-                continue
-            for what, follows, part in asked:
-                if part is not None and id(p) not in part.known:
+        followed = [(what, follows, part.known) for what, follows, part in asked if part is not None]
+        stepped = [p for p in nonfinite.parameters(optimizer) if p.grad is not None] if followed else []
+        model, names = self.model(), self.names
+        if model is not None and any(id(p) not in names for p in stepped):
+            names = _names(model)  # modules were added, or the optimizer trains others' parameters too
+        for p in stepped:
+            for what, follows, known in followed:
+                if id(p) in names and id(p) not in known:
+                    was = "frozen when" if id(p) in self.names else "added after"
                     raise RuntimeError(
-                        f"optimizer: {self.names[id(p)]!r} was frozen when {what} was set up, so {follows}; call "
-                        "opendit.attach(model, optimizer) after freezing and unfreezing (averages start anew)"
+                        f"optimizer: {names[id(p)]!r} was {was} {what} was set up, so {follows}; call "
+                        "opendit.attach(model, optimizer) after adding modules, freezing and unfreezing (averages start "
+                        "anew)"
                     )
+        if model is not None and self.ema is not None and self.ema.snapshot_due(next=True):
+            self.ema.check_complete(model)
 
     def _found(self, optimizer: Optimizer) -> Tensor | None:
         """1 where a gradient on any process is inf or NaN, else 0; None where nobody asks."""
@@ -184,6 +192,10 @@ class Stepper:
             return given
         found, self._seen = nonfinite.look(optimizer, self.names, given)
         return found
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 def _loss_scale(model: nn.Module, settle: Callable[[], None]) -> Any:

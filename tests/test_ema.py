@@ -129,6 +129,51 @@ def test_frozen_parameters_buffers_and_keys_are_the_models():
     assert model.mark.item() == 3.0
 
 
+def adapters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of LoRA, put into the model and made the only ones that are trained."""
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False), model)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_adapters_that_come_later_are_averaged_or_refused_by_name(tmp_path):
+    snapshots = opendit.EMA(decays=0.5, stds=(0.1,), snapshot_every=1, snapshots=tmp_path)
+    model, optimizer = trained({"ema": snapshots}, 0)
+    added = adapters(model)
+    loss_of(model, 0).backward()
+    joint = torch.optim.SGD(added, lr=0.1)  # the averages' optimizer never meets them
+    joint.step()
+    says = r"such as 'blocks\.0\.attn\.qkv\.lora_A.*', were added or unfrozen.*call opendit\.attach"
+    with pytest.raises(RuntimeError, match=says):
+        opendit.ema_state_dict(model)
+    with pytest.raises(RuntimeError, match=says), opendit.ema_weights(model):
+        pass
+    with pytest.raises(RuntimeError, match=says):
+        optimizer.step()  # a snapshot is due
+    assert not list(tmp_path.iterdir())
+
+    optimizer.add_param_group({"params": added})
+    with pytest.raises(RuntimeError, match=r"'blocks\.0\.attn\.qkv\.lora_A.*' was added after ema was set up.*attach"):
+        optimizer.step()
+    opendit.attach(model, optimizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+    optimizer.step()
+    averages = opendit.ema_state_dict(model)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.testing.assert_close(averages[name], (before[name] + parameter.detach()) / 2)
+    assert before
+
+
+def test_parameters_of_others_are_no_matter():
+    model, optimizer = trained({"ema": 0.5}, 0)
+    other = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": other.parameters()})
+    (loss_of(model, 0) + other.weight.sum()).backward()
+    optimizer.step()
+    assert not [name for name in opendit.ema_state_dict(model) if name not in model.state_dict()]
+
+
 def test_a_copy_has_no_ema_and_leaves_the_models_alone():
     model, optimizer = trained({"ema": 0.9})
     twin, other = copy.deepcopy((model, optimizer))

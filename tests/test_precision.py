@@ -195,6 +195,24 @@ def test_a_parameter_that_thaws_is_noticed(config, what):
     optimizer.step()
 
 
+def test_a_parameter_that_is_added_is_noticed():
+    """Of fp16 it would be the loss scale times too far; that averages have it is in test_ema."""
+    model = build(TINY[0]).eval()
+    config = {"precision": "fp16"}
+    model, optimizer = opendit.accelerate(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    linear = model.blocks[0].mlp.fc2
+    linear.added = torch.nn.Linear(linear.out_features, linear.out_features)
+    optimizer.add_param_group({"params": linear.added.parameters()})
+    linear.register_forward_hook(lambda linear, args, output: linear.added(output))
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match=r"'blocks.0.mlp.fc2.added.weight' was added after precision='fp16'"):
+        optimizer.step()
+    optimizer.zero_grad()
+    opendit.attach(model, optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("config", "error", "says"),
     [

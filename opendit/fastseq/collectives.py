@@ -43,9 +43,11 @@ class _Split(torch.autograd.Function):
         ctx.line, ctx.length = line, L
         begin = min(line.rank * local, L)
         here = real(L, local, line.rank)
-        part = x[:, begin : begin + here]
-        # A copy, not a view: the whole sequence must not stay in memory for the sake of a part of it.
-        return F.pad(part, (0, 0, 0, local - here)) if here < local else part.clone()
+        # A copy, not a view: the whole sequence must not stay in memory for the sake of a part of it. Its length is a
+        # number, also where a compiler knows x's by a formula only.
+        part = (x.new_zeros if here < local else x.new_empty)((x.shape[0], local, *x.shape[2:]))
+        part[:, :here].copy_(x[:, begin : begin + here])
+        return part
 
     @staticmethod
     @once_differentiable

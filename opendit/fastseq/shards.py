@@ -13,6 +13,7 @@ for each sp the first length whose l is a tenth too long.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,9 +34,13 @@ _said: set[int] = set()  # sizes for which long padding was said
 _logger = logging.getLogger("opendit")
 
 
-@traced_as_constant
 def local_length(total: int, sp: int) -> int:
     """The tokens that each of `sp` processes gets of `total` ≥ 1, padding included."""
+    return _local_length(operator.index(total), sp)  # a traced length becomes a constant: each has a graph of its own
+
+
+@traced_as_constant
+def _local_length(total: int, sp: int) -> int:
     key = (sp, total)
     if key not in _local:
         local = -(-total // sp)
@@ -60,12 +65,16 @@ def _say(total: int, sp: int, local: int) -> None:
         )
 
 
-@traced_as_constant
 def total_length(local: int, sp: int) -> int:
     """The length of the sequence of which `local` tokens are here.
 
     Raises `ValueError` where no sequence was split so: the caller was given something that is not a part.
     """
+    return _total_length(operator.index(local), sp)
+
+
+@traced_as_constant
+def _total_length(local: int, sp: int) -> int:
     if (sp, local) not in _total:
         raise ValueError(
             f"sp_size={sp}: a layer was given {local} tokens, which no sequence was split into; allowed: what the "

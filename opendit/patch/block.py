@@ -181,9 +181,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
 def _short(attention: str, qkv: Tensor) -> bool:
     """Whether attention's backward is our own kernel, after cuDNN's forward.
 
-    At 65536 tokens on an H100, 16 heads of 72, with gradients packed and the bias gradient summed, against cuDNN's and
-    a pass that packs: 1.29 against 1.73 ms at L=256, 1.83 against 2.30 at 512, 3.13 against 3.46 at 1024, where the
-    power it takes slows the rest of a step by more; 12 heads of 64 at L=256: 0.67 against 1.03.
+    At 65536 tokens on an H200, with gradients packed and what the bias gradient needs, against cuDNN's and a pass that
+    packs and sums: 16 heads of 72, 1.01 against 1.46 ms at L=256, 1.55 against 2.01 at 512, 2.80 against 3.10 at 1024,
+    5.44 against 5.35 at 2048; 12 heads of 64, 0.55 against 0.84, 0.83 against 1.08, 1.47 against 1.56, 2.78 against
+    2.58.
     """
     L, K = qkv.shape[1], qkv.shape[4]
     return attention == "sdpa-cudnn" and L <= 1024 and K <= 96 and short_attention.fits(qkv.dtype, K)

@@ -63,6 +63,25 @@ def test_an_optimizer_that_nobody_can_attach_is_refused_before_anything_is_divid
     opendit.accelerate(model)
 
 
+@pytest.mark.parametrize(
+    ("factory", "error", "says"),
+    [
+        (torch.optim.LBFGS, ValueError, "optimizer: got LBFGS"),
+        (list, TypeError, "the factory returned list"),
+        (functools.partial(torch.optim.SGD, lr=-1.0), ValueError, "Invalid learning rate"),
+    ],
+)
+@pytest.mark.parametrize("plugin", ["zero2", "ddp"])
+def test_a_factory_of_no_use_is_refused_before_anything_is_divided(factory, error, says, plugin):
+    model = build(TINY[0])
+    kinds, parameters = [type(m) for m in model.modules()], list(model.parameters())
+    with pytest.raises(error, match=says):
+        opendit.accelerate(model, {"plugin": plugin, "ema": 0.5, "kernels": "reference"}, optimizer=factory)
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    opendit.accelerate(model)
+
+
 def test_restore_leaves_nothing_on_the_optimizer():
     model = build(TINY[0])
     optimizer = sgd(model)

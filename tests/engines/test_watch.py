@@ -149,8 +149,9 @@ def test_others_end_in_time_naming_rank_and_step(plugin, lost, how):
 
 
 @pytest.mark.slow
-def test_a_mistake_on_one_process_is_named_by_the_others():
-    processes = start(2, "ddp", 60, 100000, 5, lost=1)
+@pytest.mark.parametrize("where", [[], [2]], ids=["between steps", "while others wait for its tokens"])
+def test_a_mistake_on_one_process_is_named_by_the_others(where):
+    processes = start(2, "ddp", 60, 100000, 5, *where, lost=1)
     try:
         wait_for(processes[1], "step 5")
         said = processes[0].communicate(timeout=30)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -19,7 +20,7 @@ from opendit.patch.core import notes
 from tests.comparing import build, exactly, run, twin, worst
 from tests.fastseq import joining, parity
 from tests.fastseq.whole_models import FIRST, joint, spread
-from tests.tiny_models import TINY, UserDiT, randomise
+from tests.tiny_models import TINY, Tiny, UserDiT, _dit_inputs, randomise
 
 # Of diffusers' models of videos, one that others say nothing about is enough: its attention has a text beside it.
 NAMES = tuple(name for name in FIRST if name not in ("wan", "hunyuan-video"))
@@ -75,26 +76,34 @@ def _averaged(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _error(model: nn.Module, plain: nn.Module, name: str, **options: Any) -> float:
+def _error(model: nn.Module, plain: nn.Module, of: str | Tiny, **options: Any) -> float:
     """Worst relative error over the output, the input's gradient and all parameters'; inputs alike on all ranks."""
-    tiny = tiny_of[name]
+    tiny = tiny_of[of] if isinstance(of, str) else of
     found = {key.removeprefix("_orig_mod."): value for key, value in run(model, tiny, **options).items()}
     return worst(_averaged(found), run(plain, tiny, **options))[0]
 
 
 def compiled(method: str, world: int, name: str) -> float:
-    plain = build(tiny_of[name], torch.float64)
+    plain, sizes = _of_two_lengths() if method == "fastseq" else (build(tiny_of[name], torch.float64), [tiny_of[name]])
     model = torch.compile(spread(twin(plain), method, world), fullgraph=True, backend="aot_eager")
-    return _error(model, plain, name)
+    return max(_error(model, plain, tiny) for tiny in sizes)
+
+
+def _of_two_lengths() -> tuple[nn.Module, list[Tiny]]:
+    """A DiT, and inputs of two sizes: the second time torch.compile takes a length for dynamic."""
+    dit = tiny_of["dit"]
+    plain = build(dit, torch.float64)
+    plain.pos_embed = nn.Parameter(plain.pos_embed[:, :1].clone(), requires_grad=False)  # alike for any length
+    return plain, [dit, dataclasses.replace(dit, inputs=_dit_inputs(size=8))]
 
 
 def compiled_blocks(name: str, world: int) -> float:
-    plain = build(tiny_of[name], torch.float64)
+    plain, sizes = _of_two_lengths() if name == "dit" else (build(tiny_of[name], torch.float64), [tiny_of[name]])
     model = twin(plain)
     opendit.accelerate(model, {"compile": True, "kernels": "reference"}, sp_size=world)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    return _error(model, plain, name)
+    return max(_error(model, plain, tiny) for tiny in sizes)
 
 
 def different_inputs(name: str, world: int) -> str:
