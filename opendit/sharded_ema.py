@@ -139,9 +139,9 @@ class ShardedEma:
         left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in self.known]
         if left:
             raise RuntimeError(
-                f"model: {len(left)} trainable parameters, such as {left[0]!r}, were added or unfrozen after the EMA was "
-                "attached, so no average has them; call opendit.attach(model, optimizer) after that (averages start "
-                "anew), or freeze them"
+                f"model: {len(left)} trainable parameters, such as {left[0]!r}, were added or unfrozen after the EMA "
+                "was attached, so no average has them; call opendit.attach(model, optimizer) after that (averages "
+                "start anew), or freeze them"
             )
 
     def own(self) -> list[Tensor]:

@@ -178,8 +178,8 @@ class Stepper:
                     was = "frozen when" if id(p) in self.names else "added after"
                     raise RuntimeError(
                         f"optimizer: {names[id(p)]!r} was {was} {what} was set up, so {follows}; call "
-                        "opendit.attach(model, optimizer) after adding modules, freezing and unfreezing (averages start "
-                        "anew)"
+                        "opendit.attach(model, optimizer) after adding modules, freezing and unfreezing (averages "
+                        "start anew)"
                     )
         if model is not None and self.ema is not None and self.ema.snapshot_due(next=True):
             self.ema.check_complete(model)
