@@ -3,6 +3,7 @@
 training_speed.png    every configuration, relative to the best that torch.compile alone gives
 ablation.png          the recipe, ingredient by ingredient
 kernels.png           what share of a large copy's bandwidth each kernel reaches
+timeline.png          which kernel runs when, while one attention layer is spread
 loss_curves.png       training losses by the residual stream's dtype, mean and range over seeds
 """
 
@@ -152,6 +153,27 @@ def loss_curves(records: list[Record]) -> Any:
     return figure
 
 
+def timeline(records: list[Record]) -> Any:
+    rows = records[-1].rows
+    colours = {"wire": ORANGE, "product": BLUE, "attention": LIGHT, "copy": GREY, "other": "#c9c9c9"}
+    figure, all_axes = _axes(9, 1.1 * len(rows), len(rows))
+    for axes, row in zip(all_axes if len(rows) > 1 else [all_axes], rows, strict=True):
+        streams = list(dict.fromkeys(k["stream"] for k in row["kernels"]))
+        for k in row["kernels"]:
+            span = (k["start_us"], k["end_us"] - k["start_us"])
+            axes.broken_barh([span], (streams.index(k["stream"]) - 0.4, 0.8), color=colours[k["kind"]])
+        axes.set_yticks(range(len(streams)), [f"stream {s}" for s in streams], fontsize=6)
+        axes.set_title(f"{row['method']}, {row['pass']}, {row['tokens']} tokens", fontsize=7, loc="left", pad=2)
+        axes.tick_params(axis="x", labelsize=6)
+        axes.invert_yaxis()
+    for name, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=name)
+    axes.set_xlabel("µs", fontsize=7)
+    axes.legend(fontsize=6, frameon=False, ncols=len(colours), loc="upper center", bbox_to_anchor=(0.5, -0.5))
+    figure.tight_layout()
+    return figure
+
+
 def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
@@ -166,6 +188,7 @@ CHARTS: dict[str, Callable[[list[Record]], Any]] = {
     "ablation": ablation,
     "kernels": kernels,
     "loss_curves": loss_curves,
+    "timeline": timeline,
 }
 
 if __name__ == "__main__":

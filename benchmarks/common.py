@@ -172,6 +172,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def agreed(value: float) -> float:
+    """The largest of all processes'; every process calls it."""
+    import torch.distributed as dist
+
+    largest = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def empty_caches() -> None:
     """Has this process compile into new folders, so that it finds nothing that an earlier one compiled."""
     folder = tempfile.mkdtemp(prefix="compiled_")

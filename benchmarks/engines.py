@@ -2,16 +2,22 @@
 
     torchrun --nproc-per-node=2 benchmarks/engines.py                    # DiT-XL/2, 256 px, 64 samples per GPU
     torchrun --nproc-per-node=2 benchmarks/engines.py --batch 128 --variants "ddp by hand" ddp zero2
+    torchrun --nproc-per-node=2 benchmarks/engines.py --variants ddp "ddp skipping" "zero2 ema saving"
     python benchmarks/engines.py --cap-gib 8 --batch 8 --variants ddp gemini   # what fits into 8 GiB of one GPU
     python benchmarks/engines.py --smoke                                 # a tiny model on the CPU: does the script work
 
     ddp by hand     torch.compile of the whole model, in DDP with gradients in its buckets
     fsdp2 by hand   each block compiled, then fully_shard per block: bf16 gathers, fp32 reduction
-    the plugins     opendit.accelerate(model, {recipe "train", plugin}, optimizer=...)
+    the plugins     opendit.accelerate(model, {recipe "train", plugin}, optimizer=...); then, in any order:
+    ungraphed       with cuda_graphs=False, as FSDP2's always are
+    skipping        with skip_nonfinite=True
+    ema             with ema=0.9999, which skips too
+    saving          as it is; then, how long a save in the background holds training up (background_save.py)
 
 Everywhere bf16 autocast over fp32 parameters, and fused AdamW. Step i of process r draws the same batch whatever
 the variant, so first losses must agree to bf16's rounding, or there is no figure. A cap is torch's own limit on what a
-process may allocate on its GPU; what goes beyond it is out of memory, as on a smaller card. Process 0 writes the JSON.
+process may allocate on its GPU; what goes beyond it is out of memory, as on a smaller card. `update_ms` is
+`optimizer.step()` alone, with what it does besides. Process 0 writes the JSON, after each row.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +39,24 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import opendit
-from benchmarks.common import RESULTS, time_steps, write_results
-from benchmarks.training import LEARNING_RATE, clean_up, make_model
+from benchmarks.background_save import save_twice
+from benchmarks.common import RESULTS, agreed, time_events, time_steps, write_results
+from benchmarks.training import EMA_DECAY, LEARNING_RATE, clean_up, make_model
 from examples.diffusion.gaussian import GaussianDiffusion
 from examples.models.dit import DIT_MODELS, DiT
+from opendit.attached import attached
 from opendit.config import _RECIPES
 from opendit.fastseq.mesh import ensure_world
+from opendit.wrapping import unwrap
 
 BY_HAND = ("ddp by hand", "fsdp2 by hand")
 PLUGINS = ("ddp", "zero1", "zero2", "zero3", "gemini")
+MORE: dict[str, dict[str, Any]] = {
+    "ungraphed": {"cuda_graphs": False},
+    "skipping": {"skip_nonfinite": True},
+    "ema": {"ema": EMA_DECAY},
+    "saving": {},
+}
 # How far a first loss may be from the first variant's: an order above what bf16 rounding gave on one GPU.
 AGREE = 5e-3
 
@@ -88,7 +105,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, help="GPU memory that each process may allocate; default: all")
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps per sample")
-    parser.add_argument("--variants", nargs="+", choices=(*BY_HAND, *PLUGINS), help="some of the rows; default: all")
+    allowed = f"{', '.join((*BY_HAND, *PLUGINS))}; a plugin and any of {', '.join(MORE)}"
+    parser.add_argument("--variants", nargs="+", type=variant, metavar="V", help=f"of {allowed}. Default: the first 7")
+    folder = Path(tempfile.gettempdir()) / f"saves_{os.getppid()}"  # alike in all processes of a torchrun
+    parser.add_argument(
+        "--folder", type=Path, default=folder, help="for checkpoints, made and removed; here: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, nothing written")
     args = parser.parse_args()
@@ -99,13 +121,20 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def variant(name: str) -> str:
+    plugin, *more = name.split()
+    if name not in BY_HAND and (plugin not in PLUGINS or not set(more) <= set(MORE)):
+        raise argparse.ArgumentTypeError(f"got {name!r}")
+    return name
+
+
 class Training:
     """A model on an engine with its optimizer; `step(i)` trains once."""
 
     def __init__(self, name: str, args: argparse.Namespace, device: torch.device) -> None:
         self.batch, self.micros, self.device = args.batch, args.micro_batches, device
         # Paged models are made on the host: on the device they would not fit.
-        model = make_model(args.model, args.image_size, torch.device("cpu") if name == "gemini" else device)
+        model = make_model(args.model, args.image_size, torch.device("cpu") if name.startswith("gemini") else device)
         self.shape = (self.batch, model.in_channels, model.input_size, model.input_size)
         self.classes = model.num_classes
         self.diffusion = GaussianDiffusion().to(device)
@@ -121,7 +150,10 @@ class Training:
             self.model = by_hand(name, model, backend)
             self.optimizer = adamw([p for p in model.parameters() if p.requires_grad])
         else:
-            config = _RECIPES["train"] | {"plugin": name, "precision": args.precision}
+            plugin, *more = name.split()
+            config = _RECIPES["train"] | {"plugin": plugin, "precision": args.precision}
+            for extra in more:
+                config |= MORE[extra]
             self.model, self.optimizer = opendit.accelerate(model, config, optimizer=adamw)
 
     def loss(self, i: int) -> Tensor:
@@ -145,14 +177,25 @@ class Training:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def bytes_of_states(self) -> dict[str, float]:
-        """GiB of this process's parameters and optimizer states, on its GPU and on the host."""
+    def update_ms(self, i: int, repeats: int) -> float:
+        """Milliseconds of `optimizer.step()` alone, again and again with the gradients of step i."""
+        self.loss(i).backward()
+        samples = time_events(self.optimizer.step, repeats, 1)
+        self.optimizer.zero_grad()
+        return statistics.median(samples)
+
+    def states_gib(self) -> dict[str, float]:
+        """Of this process's parameters and optimizer states, on its GPU and on the host, and of its averages."""
         found = {"cuda": 0, "cpu": 0}
         states = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         for tensor in (*self.model.parameters(), *states):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             found[local.device.type] += local.numel() * local.element_size()
-        return {"states_gib": found["cuda"] / 2**30, "states_on_host_gib": found["cpu"] / 2**30}
+        target = unwrap(self.model)
+        pieces = attached(target)["ema"].pieces(target) if "ema" in attached(target) else {}
+        averages = sum(piece.values.numel() * piece.values.element_size() for piece in pieces.values())
+        sizes = {"states_gib": found["cuda"], "states_on_host_gib": found["cpu"], "ema_gib": averages}
+        return {key: value / 2**30 for key, value in sizes.items()}
 
 
 def _nothing() -> Any:
@@ -186,35 +229,40 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
     samples = sorted(time_steps(lambda: training.step(next(steps)), args.samples, args.steps))
-    ms = worst(samples[len(samples) // 2])
+    ms = agreed(samples[len(samples) // 2])
     images = args.batch * args.micro_batches * dist.get_world_size()
     row: dict[str, Any] = {"ms": ms, "samples_ms": samples, "images_per_s": 1000 * images / ms, "losses": losses}
     if device.type == "cuda":
-        row["peak_gib"] = worst(torch.cuda.max_memory_allocated() / 2**30)
-        row["reserved_gib"] = worst(torch.cuda.max_memory_reserved() / 2**30)
-    return row | {key: worst(value) for key, value in training.bytes_of_states().items()}
-
-
-def worst(value: float) -> float:
-    """The largest of all processes'."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return float(max(everyone))
+        row["peak_gib"] = agreed(torch.cuda.max_memory_allocated() / 2**30)
+        row["reserved_gib"] = agreed(torch.cuda.max_memory_reserved() / 2**30)
+    row |= {key: agreed(value) for key, value in training.states_gib().items()}
+    row["update_ms"] = agreed(training.update_ms(next(steps), args.samples * args.steps))
+    if "saving" in name.split():
+        row["save"] = save_twice(args.folder, training, lambda: training.step(next(steps)), args.steps)
+    return row
 
 
 def agreement(losses: list[float], reference: list[float]) -> dict[str, Any]:
     apart = max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
-    return {"losses_apart": apart} | ({"error": f"losses are {apart:.1e} apart"} if worst(apart) > AGREE else {})
+    return {"losses_apart": apart} | ({"error": f"losses are {apart:.1e} apart"} if agreed(apart) > AGREE else {})
 
 
 def line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"{row['variant']:14s} {row['error']}"
+        return f"{row['variant']:16s} {row['error']}"
     memory = f", peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
     return (
-        f"{row['variant']:14s} {row['ms']:8.1f} ms, {row['images_per_s']:.0f} img/s{memory}, states "
-        f"{row['states_gib']:.2f} + {row['states_on_host_gib']:.2f} GiB, losses {row['losses_apart']:.0e} apart"
+        f"{row['variant']:16s} {row['ms']:8.1f} ms, {row['images_per_s']:.0f} img/s{memory}, states "
+        f"{row['states_gib']:.2f} + {row['states_on_host_gib']:.2f} GiB, averages {row['ema_gib']:.2f}, update "
+        f"{row['update_ms']:.2f} ms, losses {row['losses_apart']:.0e} apart{saving_in_words(row)}"
     )
+
+
+def saving_in_words(row: dict[str, Any]) -> str:
+    if "save" not in row:
+        return ""
+    first, second = row["save"]["stall_s"]
+    return f"; a save holds it up {first:.2f} s, the next {second:.2f} s"
 
 
 if __name__ == "__main__":

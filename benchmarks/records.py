@@ -29,6 +29,8 @@ THEMES = (
     "attention",
     "engines",
     "sequence_parallel",
+    "timeline",
+    "peers",
     "video",
 )
 LABELS = {
@@ -39,6 +41,7 @@ LABELS = {
     "opendit": '**`accelerate(model, "train")`**',
     "opendit compiled": '`torch.compile(accelerate(model, "train"))`',
     "opendit fp8": '`"train"` with `precision="fp8"`',
+    "opendit fp8, bf16 residual": '`"train"` with `precision="fp8"`, `residual="bf16"`',
 }
 SAMPLING_LABELS = {
     "torch.compile": "`torch.compile`",
@@ -80,7 +83,10 @@ class Record:
     def configuration(self) -> tuple[Any, ...]:
         """What a newer file must have in common with this one to take its place."""
         row = self.rows[0] if self.rows else {}
-        return self.theme, self.gpu, row.get("model"), row.get("image_size"), row.get("batch") if self.is_step else None
+        common = self.theme, self.gpu, row.get("model"), row.get("image_size")
+        if self.theme == "engines":
+            return *common, row.get("batch"), row.get("processes"), row.get("cap_gib")
+        return *common, row.get("batch") if self.is_step else None
 
     @property
     def is_step(self) -> bool:
@@ -117,10 +123,10 @@ def newest(records: Sequence[Record], theme: str) -> list[Record]:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    _, gpu, model, size, batch = record.configuration
+    _, gpu, model, size, batch, *more = record.configuration
     sizes = ["XL", "L", "B", "S"]
     rank = next((i for i, s in enumerate(sizes) if f"-{s}/" in str(model)), len(sizes))
-    return rank, str(model), size or 0, -(batch or 0), gpu
+    return rank, str(model), size or 0, -(batch or 0), gpu, *(-(number or 0) for number in more)
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:

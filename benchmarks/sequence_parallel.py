@@ -2,14 +2,16 @@
 
     python benchmarks/sequence_parallel.py                      # torchrun with all GPUs, layers and models
     torchrun --nproc-per-node=2 benchmarks/sequence_parallel.py --only layers --tokens 10240 65536
+    torchrun --nproc-per-node=2 benchmarks/sequence_parallel.py --only models --models 0 1 --what train
     python benchmarks/sequence_parallel.py --smoke              # two processes, gloo, tiny: does the script work
 
 layers   x [1, L, D] → q, k, v → attention → output projection, each process with its part of the tokens, bf16. `floor`
          is the arithmetic alone: q, k, v of the local tokens, attention of local heads on all tokens, the projection;
          nothing moved, not even in memory. What a method takes beyond it is its exposed communication, copies
          included.
-models   training steps (forward, loss, backward, DDP, AdamW) and sampling forwards under bf16 autocast: one GPU, one
-         sample over all (sp), a sample each (dp).
+models   training steps and sampling forwards: one GPU, one sample over all (sp), a sample each (dp);
+         benchmarks/spread_models.py has what they are.
+timeline (by name only) which kernel runs when: benchmarks/spread_timeline.py; the first of --tokens, or 16384.
 curve    the losses of 200 steps of a small DiT on one device and spread over all, on the same noise, bf16 autocast.
 
 Nothing is timed that was not compared first, in the same run and at the same number of tokens: layers with one device's
@@ -20,15 +22,13 @@ process's medians.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import gc
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,66 +38,20 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import opendit
-from benchmarks.common import RESULTS, summary, synchronize, time_events, time_graph, write_results
-from examples.diffusion.gaussian import GaussianDiffusion
-from examples.models.dit import DiT
+from benchmarks.common import RESULTS, agreed, summary, synchronize, time_graph, write_results
+from benchmarks.spread_models import CURVE, HEAD_DIM, HEADS, JOBS, LONG, SMOKE, WHAT, curve_rows, model_rows
+from benchmarks.spread_timeline import timeline_rows
 from opendit.attention import attend, blockwise
 from opendit.errors import relative_errors
 from opendit.fastseq import Projection, SelfAttention, Sequence, mesh, methods
 from opendit.fastseq.collectives import gather_tokens, split_tokens, to_heads, to_tokens
 from opendit.fastseq.method import Pair
 from opendit.fastseq.shards import local_length, total_length
-from tests.tiny_models import UserLatte
 
 TOKENS = (2560, 4096, 10240, 16384, 32768, 65536)
-HEADS, HEAD_DIM = 16, 72
 METHODS = ("fastseq", "fastseq overlapped", "ulysses", "ulysses 4 calls", "ring")
-TRAIN = {"activation_checkpointing": "selective", "cuda_graphs": "collectives"}  # models are dropped before the group
-LONG = 16384  # tokens; fewer repeats beyond
-TOLERANCE, SLACK = 2e-2, 1.2  # relative, a few bf16 roundings; the error ratio rule
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model at one size: DiT-XL/2 of L tokens, or Latte-XL/2 of F frames of L tokens."""
-
-    name: str
-    tokens: int
-    frames: int = 0
-    width: int = HEADS * HEAD_DIM
-    heads: int = HEADS
-    depth: int = 28
-
-    def build(self, device: torch.device, depth: int | None = None) -> nn.Module:
-        """On the device, whose processes draw the same weights."""
-        side, depth = 2 * round(self.tokens**0.5), depth or self.depth
-        torch.manual_seed(0)
-        with device:
-            if self.frames:
-                sizes = {"dim": self.width, "heads": self.heads, "frames": self.frames, "frequencies": 256}
-                model: nn.Module = UserLatte(size=side, depth=depth, classes=1000, **sizes)
-            else:
-                model = DiT(input_size=side, hidden_size=self.width, depth=depth, num_heads=self.heads)
-        with torch.no_grad():
-            for p in model.parameters():
-                if not p.any():  # behind zero gates every gradient is zero
-                    p.normal_(0, 0.02)
-        return model
-
-    def batch(self, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        generator, side = torch.Generator().manual_seed(seed), 2 * round(self.tokens**0.5)
-        shape = (1, *([self.frames] if self.frames else []), 4, side, side)
-        x = torch.randn(shape, generator=generator)
-        return x.to(device), torch.tensor([500], device=device), torch.tensor([1], device=device)
-
-
-JOBS = (
-    *(Job("DiT-XL/2", n) for n in (4096, 16384, 65536)),
-    *(Job("Latte-XL/2", n, frames=16) for n in (256, 1024)),
-)
-CURVE = Job("DiT-S/2", 1024, width=384, heads=6, depth=12)
-SMOKE = (Job("DiT", 16, width=32, heads=4, depth=2), Job("Latte", 4, frames=3, width=32, heads=4, depth=2))
+TOLERANCE = 2e-2  # relative, a few bf16 roundings
+PATIENCE = 60.0  # seconds; a process that failed alone must not hold the others for long
 
 
 def main() -> int:
@@ -111,7 +65,7 @@ def main() -> int:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         return subprocess.run([*torchrun, __file__, *sys.argv[1:]], check=False).returncode
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
-    mesh.ensure_world(device)
+    mesh.ensure_world(device, timeout=PATIENCE)
     results: list[dict[str, Any]] = []
     failed, path = False, None
     for row in rows(args, device):
@@ -120,7 +74,8 @@ def main() -> int:
         if dist.get_rank() == 0:
             print(in_words(row), flush=True)
             if not args.smoke:  # after every row, for the next one may take the process down
-                path = write_results("sequence_parallel", results, args.out, path, processes=dist.get_world_size())
+                theme = "timeline" if args.only == "timeline" else "sequence_parallel"
+                path = write_results(theme, results, args.out, path, processes=dist.get_world_size())
     if path:
         print(f"written to {path}")
     gc.collect()
@@ -131,23 +86,27 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbered = [f"{i}: {job.name} {job.frames or ''} {job.tokens}".replace("  ", " ") for i, job in enumerate(JOBS)]
-    parser.add_argument("--only", choices=("layers", "models", "curve"), help="default: all")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="L", help="of the layers")
-    parser.add_argument("--models", nargs="+", type=int, metavar="I", help=f"some of {', '.join(map(str, numbered))}")
+    parser.add_argument("--only", choices=("layers", "models", "curve", "timeline"), help="default: the first three")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="L", help="of the layers")
+    models = {"nargs": "+", "type": int, "default": list(range(len(JOBS))), "metavar": "I"}
+    parser.add_argument("--models", **models, help=f"some of {', '.join(map(str, numbered))}; in this order")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="of the models, in this order")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU too; nothing is written")
     return parser.parse_args()
 
 
 def rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    sizes = (4, 8) if args.smoke else (HEADS, HEAD_DIM)
     if args.only in (None, "layers"):
-        for tokens in (19, 32) if args.smoke else args.tokens:
-            yield from layer_rows(Layer(4 if args.smoke else HEADS, 8 if args.smoke else HEAD_DIM, device), tokens)
+        for tokens in (19, 32) if args.smoke else args.tokens or TOKENS:
+            yield from layer_rows(Layer(*sizes, device), tokens)
     if args.only in (None, "models"):
-        for job in SMOKE if args.smoke else [JOBS[i] for i in args.models or range(len(JOBS))]:
-            yield from model_rows(job, device)
+        yield from model_rows(SMOKE if args.smoke else [JOBS[i] for i in args.models], args.what, device)
     if args.only in (None, "curve"):
         yield from curve_rows(SMOKE[0] if args.smoke else CURVE, 4 if args.smoke else 200, device)
+    if args.only == "timeline":
+        yield from timeline_rows(Layer(*sizes, device), 32 if args.smoke else (args.tokens or [LONG])[0])
 
 
 # -- one layer ---------------------------------------------------------------------------------------------------------
@@ -196,7 +155,7 @@ def four_calls(x: Tensor, layer: SelfAttention, sequence: Sequence) -> Tensor:
     return to_tokens(layer.attend(q, k, v), layer.heads, line, local).flatten(2)
 
 
-def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
+def layer_rows(layer: Layer, tokens: int, names: Iterable[str] = METHODS) -> Iterator[dict[str, Any]]:
     size, weight = dist.get_world_size(), layer.qkv.weight
     torch.manual_seed(1)
     width = weight.shape[1]
@@ -213,10 +172,14 @@ def layer_rows(layer: Layer, tokens: int) -> Iterator[dict[str, Any]]:
     yield {"part": "layer", "method": "floor", "tokens": tokens, "width": width, "dtype": str(weight.dtype), **floor}
     x, dpart = (split_tokens(t.detach(), size) for t in (whole, dout))
     x.requires_grad_()
-    for name in METHODS:
+    for name in names:
         row: dict[str, Any] = {"part": "layer", "method": name, "tokens": tokens, "width": width}
-        out = gather_tokens(layer.spread(name, split_tokens(whole, size)), size)
-        found = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
+        try:
+            out = gather_tokens(layer.spread(name, split_tokens(whole, size)), size)
+            found = dict(enumerate([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
+        except Exception as error:  # of all processes alike, or the collectives' time-out ends the run
+            yield row | {"refused": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"}
+            continue
         del out
         for gradient in list(found.values())[2:]:
             dist.all_reduce(gradient)
@@ -277,146 +240,24 @@ def timed(calls: tuple[Callable[[], None], ...], tokens: int) -> dict[str, Any]:
     return found
 
 
-def agreed(value: float) -> float:
-    """The largest of all processes."""
-    largest = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return float(largest)
-
-
-# -- whole models ------------------------------------------------------------------------------------------------------
-
-
-def model_rows(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
-    size = dist.get_world_size()
-    facts = {"part": "model", "model": job.name, "tokens": job.tokens, "frames": job.frames, "depth": job.depth}
-    ratio = error_ratio(job, device)
-    alone: dict[str, float] = {}
-    for variant, sp, samples in (("one", 1, 1), (f"sp={size}", size, 1), (f"dp={size}", 1, size)):
-        row: dict[str, Any] = {**facts, "variant": variant}
-        if sp > 1:
-            row["error_ratio"] = ratio
-            if not ratio <= SLACK:
-                yield row | {"refused": f"gradients {ratio:.2f} times as far from fp32's as one device's under bf16"}
-                continue
-        for what in ("train", "sample"):
-            try:
-                ms, memory = run(job, what, sp, samples > 1 or sp > 1, device)
-            except torch.OutOfMemoryError:
-                # Shapes are the same on all, and so is what they run out of.
-                row[what] = {"failed": "out of memory"}
-            else:
-                rate = samples / ms["median"] * 1e3
-                if variant == "one":
-                    alone[what] = rate
-                times = rate / alone[what] if what in alone else None
-                row[what] = {"ms": ms, "samples_per_s": rate, "times_one": times, "gib": memory}
-            gc.collect()
-        yield row
-
-
-def run(job: Job, what: str, sp: int, together: bool, device: torch.device) -> tuple[dict[str, float], float]:
-    """(milliseconds of a step, peak GiB) of the slowest, fullest process."""
-    model = job.build(device)
-    model.train(what == "train")
-    opendit.accelerate(model, TRAIN if what == "train" else None, sp_size=sp)
-    batch = job.batch(opendit.data_parallel_rank(model) if together else 0, device)
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    if what == "sample":
-
-        def step() -> None:
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-                model(*batch)
-
-    else:
-        opendit.seed(0, model)
-        trained = nn.parallel.DistributedDataParallel(model) if together else model
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=cuda)
-
-        def step() -> None:
-            loss_of(trained, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    synchronize()
-    dist.barrier()
-    first = [agreed(ms) for ms in time_events(step, 1, 2 if cuda else 0)]  # as many repeats everywhere
-    samples = summary(time_events(step, min(max(round(5000 / first[0]), 3), 10) if cuda else 1, 0))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    return {key: agreed(value) for key, value in samples.items()}, agreed(peak)
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, ...], autocast: bool = True) -> Tensor:
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=autocast):
-        return (model(*batch).float() ** 2).mean()
-
-
-def curve_rows(job: Job, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Losses of one device and of all together, step by step; and twice on one device, for attention's own scatter."""
-    size, curves = dist.get_world_size(), []
-    for variant, sp in (("one", 1), ("one again", 1), (f"sp={size}", size)):
-        model = job.build(device).train()
-        opendit.accelerate(model, TRAIN, sp_size=sp)
-        trained = nn.parallel.DistributedDataParallel(model) if sp > 1 else model
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
-        diffusion = GaussianDiffusion().to(device)
-        x, _, _ = job.batch(0, device)
-        losses = torch.zeros(steps, device=device)
-        for i in range(steps):
-            torch.manual_seed(i)  # equal everywhere: all hold the same sample
-            t, y = (torch.randint(n, (1,), device=device) for n in (diffusion.steps, 1000))
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = diffusion.loss(trained, x, y, t=t, noise=torch.randn_like(x))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[i] = loss.detach()
-        curves.append(losses.double().cpu())
-        window = max(steps // 10, 1)
-        smooth = [c.unfold(0, window, 1).mean(1) for c in (curves[0], curves[-1])]
-        apart = agreed(((smooth[1] - smooth[0]).abs() / smooth[0]).max().item())
-        row = {"part": "curve", "model": job.name, "tokens": job.tokens, "variant": variant, "losses": losses.tolist()}
-        yield row | {"smoothed_over": window, "apart": apart}
-
-
-def error_ratio(job: Job, device: torch.device) -> float:
-    """Of all gradients of two blocks at this size: distance from fp32's, spread over that of one device under bf16."""
-    plain = job.build(device, depth=2).eval()  # no label drops
-    batch = job.batch(0, device)
-
-    def gradients(model: nn.Module, autocast: bool, sp: int = 1) -> dict[str, Tensor]:
-        loss_of(model, batch, autocast).backward()
-        found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-        for gradient in found.values() if sp > 1 else ():
-            dist.all_reduce(gradient)
-            gradient /= sp
-        return found
-
-    size = dist.get_world_size()
-    spread = opendit.accelerate(copy.deepcopy(plain), TRAIN, sp_size=size)
-    truth, theirs = (gradients(copy.deepcopy(plain), autocast) for autocast in (False, True))
-    ours = gradients(spread, True, size)
-    far = [statistics.fmean(e * e for e in relative_errors(g, truth).values()) ** 0.5 for g in (ours, theirs)]
-    return agreed(far[0] / far[1])
-
-
 def in_words(row: dict[str, Any]) -> str:
     if row["part"] == "curve":
         last = statistics.fmean(row["losses"][-row["smoothed_over"] :])
         head = f"{len(row['losses'])} steps of {row['model']}, {row['variant']:9}"
         return f"{head}: ends at {last:.5f}, {row['apart']:.1e} apart"
+    if row["part"] == "timeline":
+        head = f"{row['tokens']} tokens  {row['method']:<18}  {row['pass']:<8}  {row['whole_us']:8.0f} µs"
+        return f"{head}, on the wire {row['wire_us']:.0f}, hidden of that {row['hidden_us']:.0f}"
     if row["part"] == "layer":
         head = f"{row['tokens']:6} tokens  {row['method']:<18}"
     else:
         frames = f"{row['frames']} × " if row["frames"] else ""
-        head = f"{row['model']}, {frames}{row['tokens']} tokens  {row['variant']:<5}"
+        head = f"{row['model']}, {frames}{row['tokens']} tokens  {row['variant']:<27}"
     if "refused" in row:
         return f"{head}  refused: {row['refused']}"
     if row["part"] == "layer":
         return head + "".join(f"  {_layer_time(row, what)}" for what in ("forward", "both"))
-    return head + "".join(f"  {what} {_model_speed(row[what])}" for what in ("train", "sample"))
+    return head + "".join(f"  {what} {_model_speed(row[what])}" for what in WHAT if what in row)
 
 
 def _layer_time(row: dict[str, Any], what: str) -> str:
@@ -428,7 +269,8 @@ def _model_speed(found: dict[str, Any]) -> str:
     if "failed" in found:
         return found["failed"]
     times = f"{found['times_one']:.2f}× one" if found["times_one"] else "one has no room"
-    return f"{found['samples_per_s']:.2f}/s ({times}), {found['gib']:.1f} GiB"
+    activations = f", {found['activations_gib']:.1f} of them activations" if "activations_gib" in found else ""
+    return f"{found['samples_per_s']:.2f}/s ({times}), {found['gib']:.1f} GiB{activations}"
 
 
 if __name__ == "__main__":

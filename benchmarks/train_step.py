@@ -11,7 +11,7 @@
     torch.compile bf16 weights  a compiled bf16 model, fp32 master weights kept by the script; no autocast
     opendit                     opendit.accelerate(model, "train", optimizer=optimizer), bf16 autocast
     opendit compiled            torch.compile of that model
-    opendit fp8                 that model with precision="fp8", where it is asked for by name
+    opendit fp8                 that model with precision="fp8", where it is asked for by name; with a bf16 residual too
 
 Variants run one after another in one process, from the same weights, on the same data (benchmarks/training.py). Before
 a speed is printed, the first losses must be the first variant's, and what opendit changed must train as fp32 does, as

@@ -89,6 +89,15 @@ OPT_IN: dict[str, Variant] = {
             "skip_nonfinite": False,  # no variant looks at its gradients
         }
     ),
+    "opendit fp8, bf16 residual": Variant(
+        booster={
+            "activation_checkpointing": "selective",
+            "cuda_graphs": True,
+            "precision": "fp8",
+            "residual": "bf16",
+            "skip_nonfinite": False,
+        }
+    ),
 }
 
 

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bench": _bench,
     }
     try:
+        _check_files(given)
         return commands[given.command](given)
     except (ValueError, TypeError, NotImplementedError, opendit.CheckpointError) as error:
         print(f"{given.command}: {error}", file=sys.stderr)
@@ -85,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU where there is one")
     bench.add_argument("--json", type=Path, default=None, help="where to write the rows")
     return parser
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    """Minutes of measuring must not end at a file that can't be written."""
+    for flag in ("json", "certificate"):
+        path = getattr(given, flag, None)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{flag}: got {str(path)!r}; allowed: a file in a folder that exists")
 
 
 def _info(given: argparse.Namespace) -> int:
@@ -144,7 +153,8 @@ def _bench(given: argparse.Namespace) -> int:
         job = bench.job_of_model(name, found, device, given.family)
     else:
         size, batch = (256, 32) if on_gpu else (64, 4)
-        size, batch = given.image_size or size, batch if given.batch is None else given.batch
+        size = size if given.image_size is None else given.image_size
+        batch = batch if given.batch is None else given.batch
         job = bench.job_of_name(name, size, batch, device, given.family)
     precision = given.precision or ("bf16" if on_gpu else "fp32")
     steps = (given.step,) if given.step else ("train", "sample")

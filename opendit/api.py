@@ -177,8 +177,8 @@ def explain(
     from opendit.describing import describe
     from opendit.plan import plan_for
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module that is not scripted")
     target = unwrap(model)
     cfg = BoosterConfig.of(booster_cfg)
     applied = core.plan_of(target)

@@ -231,6 +231,11 @@ class BoosterConfig(Generic[OptimizerT]):
                     f"{name}: got {getattr(self, name)!r} with sampling, which trains nothing; allowed: {off!r}. Leave "
                     f"{name} out, or sampling"
                 )
+        if self.skip_nonfinite:
+            raise ValueError(
+                f"skip_nonfinite: got {self.skip_nonfinite!r} with sampling, which takes no step; allowed: None or "
+                "False. Leave skip_nonfinite out, or sampling"
+            )
         if self.precision == "fp8":
             raise ValueError(
                 "precision: got 'fp8' with sampling=True, where no product is of rows in 8 bits; allowed: 'inherit' or "

@@ -59,6 +59,8 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
             f"{reasons}. Describe it with opendit.register_family, or leave it as it is"
         )
     plan_norms(planner, model, choices)
+    if cfg.sequence_parallel != "auto" and sp_size == 1:
+        planner.keep("blocks", f"no sequence is spread (sequence_parallel={cfg.sequence_parallel!r}): sp_size is 1")
     if cfg.regather_input and (sp_size == 1 or isinstance(family.spread, Alternating)):
         why = "sp_size is 1" if sp_size == 1 else "blocks that alternate between frames and tokens gather none"
         planner.keep("blocks", f"no input is gathered again (regather_input): {why}")
@@ -73,6 +75,8 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
     if family.name == GENERIC.name:
         units = ()  # nobody says which modules are called only through their block
         plan_division(planner, cfg.plugin if cfg.engine == "torch" else None)
+    _check_called(planner, model)
+    _keep_the_rest(planner, model)
     compiled: tuple[str, ...] = ()
     if cfg.compile:
         compiled = tuple(name for name, block in family.blocks_of(model) if block._compiled_call_impl is None)
@@ -87,6 +91,33 @@ def plan_for(model: nn.Module, cfg: BoosterConfig, sp_size: int = 1, name: str |
         entries=tuple(n for n in dir(type(model)) if n.startswith("forward_") and callable(getattr(model, n, None))),
         stepping=Stepping(cfg.precision, cfg.skips_in_a_row(), EMA.of(cfg.ema)),
     )
+
+
+def _check_called(planner: Planner, model: nn.Module) -> None:
+    """A forward on the instance hides that of the class, and with it whatever an edit would do."""
+    for edit in planner.edits:
+        if "forward" in model.get_submodule(edit.fqn).__dict__:
+            raise ValueError(
+                f"model: the forward of {edit.fqn or 'the model itself'} was replaced on the instance (hooks of "
+                f"Accelerate and of offloading do that), so it would go without: {edit.what}. Call accelerate before "
+                "that, or take it off first"
+            )
+
+
+def _keep_the_rest(planner: Planner, model: nn.Module) -> None:
+    """Says of what no family looked at that it stays: the largest modules that hold nothing that was said already."""
+    said = {edit.fqn for edit in planner.edits} | {kept.fqn for kept in planner.kept}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            fqn = prefix + name
+            inside = any(other.startswith(f"{fqn}.") for other in said)
+            if inside and (fqn not in said or isinstance(child, nn.ModuleList)):
+                visit(child, f"{fqn}.")
+            elif fqn not in said and type(child) is not nn.Identity:
+                planner.keep(fqn, "its own code: opendit has nothing for it")
+
+    visit(model, "")
 
 
 def _spread(

@@ -14,6 +14,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, wrappers) or type(model).__name__ == "GeminiDDP":  # ColossalAI may not be there
             model = cast(nn.Module, model.module)
+        elif isinstance(model, torch.jit.ScriptModule):  # its _modules are none of Python's
+            return model
         elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
             model = inner  # torch.compile's wrapper
         else:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -43,8 +44,11 @@ def test_explain_names_every_change_and_every_module_left(capsys):
         "blocks.{0-2}.mlp (3): GELU: one pass",
         "kernel layernorm_modulate: reference (auto:",
         "attention: auto",
+        "x_embedder: its own code",
+        "y_embedder: its own code",
     ):
         assert line in printed
+    assert "blocks.{0-2}.adaLN_modulation" not in printed  # it is a part of what was changed
     assert {edit.fqn for edit in plan.edits} >= {"blocks.0", "blocks.1.attn", "final_layer"}
 
 
@@ -58,6 +62,25 @@ def test_explain_before_accelerating_changes_nothing():
     assert [type(m) for m in model.modules()] == kinds
     with pytest.raises(ValueError, match="already accelerated"):
         opendit.explain(opendit.accelerate(model), "train")
+
+
+def test_every_module_is_in_the_plan_or_inside_one_that_is():
+    model = UserDiT(gated=True)
+    model.blocks[0].extra = nn.Linear(2, 2)
+    model.extra = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Identity()})
+    plan = opendit.explain(model, {"sequence_parallel": "ring"}, file=io.StringIO())
+    named = {row.fqn for row in (*plan.edits, *plan.kept)}
+    for fqn, module in model.named_modules():
+        above = {fqn.rsplit(".", i)[0] for i in range(fqn.count(".") + 1)}
+        parts = [name for name in named if name.startswith(f"{fqn}.")]
+        assert not fqn or type(module) is nn.Identity or above & (named - {"blocks"}) or parts, fqn
+
+
+def test_a_method_of_sequence_parallelism_without_processes_is_said():
+    assert "no sequence is spread (sequence_parallel='ring'): sp_size is 1" in text_of(
+        build(DIT), {"sequence_parallel": "ring"}
+    )
+    assert "no sequence is spread" not in text_of(build(DIT))
 
 
 def test_explain_says_what_auto_attention_took():
@@ -116,6 +139,15 @@ def test_a_model_in_which_nothing_fits_is_refused():
 def test_wrong_types(what):
     with pytest.raises(TypeError, match="model: got"):
         opendit.accelerate(what)
+
+
+def test_a_scripted_model_is_refused_by_every_verb():
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    for verb in (opendit.accelerate, opendit.explain):
+        with pytest.raises(TypeError, match=r"model: got RecursiveScriptModule; allowed: .* not scripted"):
+            verb(scripted)
+    with pytest.raises(ValueError, match="is not accelerated"):
+        opendit.restore(scripted)
 
 
 def test_twice_is_refused_also_for_parts_and_copies():
@@ -210,9 +242,22 @@ def test_copies_of_parts_can_be_restored():
 
 def test_restore_refuses_where_someone_holds_on_to_our_forward():
     model = opendit.accelerate(build(DIT))
-    model.blocks[1].forward = model.blocks[1].forward
+    ours = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args: ours(*args)
     with pytest.raises(ValueError, match=r"forward of blocks.1 was replaced after accelerate"):
         opendit.restore(model)
+
+
+@pytest.mark.parametrize("cfg", [{"precision": "bf16"}, "sample"])
+def test_a_forward_on_the_instance_would_hide_what_is_asked_of_the_model(cfg):
+    model = build(DIT)
+    kinds, upstream = [type(m) for m in model.modules()], model.forward
+    model.forward = lambda *args: upstream(*args)
+    for verb in (opendit.accelerate, opendit.explain):
+        with pytest.raises(ValueError, match=r"forward of the model itself was replaced on the instance"):
+            verb(model, cfg)
+    assert [type(m) for m in model.modules()] == kinds
+    opendit.accelerate(model)  # blocks are called all the same
 
 
 def test_restore_after_a_compiled_block_is_gone():
@@ -234,6 +279,25 @@ def test_a_trait_that_looks_for_what_is_not_there_does_not_hold():
         registry._registered.pop("layered")
     with pytest.raises(ValueError, match="has no traits"):
         opendit.register_family(Family("all", "everything", (), lambda m, p: None, ""))
+
+
+def test_a_model_that_refuses_new_attributes():
+    class Locked(UserDiT):
+        def __setattr__(self, name, value):
+            assert not self.__dict__.get("locked")
+            super().__setattr__(name, value)
+
+    model = randomise(Locked())
+    model.__dict__["locked"] = True
+    assert opendit.explain(opendit.accelerate(model), file=io.StringIO()).family == "dit"
+    assert not any(isinstance(m, Patched) for m in opendit.restore(model).modules())
+
+
+def test_several_threads_may_accelerate_at_once():
+    models = [build(DIT) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(opendit.accelerate, models))
+    assert [len(opendit.explain(m, file=io.StringIO()).edits) for m in models] == [8] * 4
 
 
 class Doubling(Patched):

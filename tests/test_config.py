@@ -86,6 +86,10 @@ def test_optimizer_may_be_instance_or_factory():
             ({"skip_nonfinite": bad}, ValueError, rf"skip_nonfinite: got {bad!r}; allowed: True, False, None, or")
             for bad in (0, -3, "yes", 2.5)
         ],
+        *[
+            ({"sampling": True, "skip_nonfinite": some}, ValueError, rf"skip_nonfinite: got {some} with sampling")
+            for some in (True, 3)
+        ],
         ({"plugin": "deepspeed"}, ValueError, r"plugin: got 'deepspeed'"),
         ({"engine": "deepspeed"}, ValueError, r"engine: got 'deepspeed'; allowed: 'torch', 'colossalai'"),
         ({"engine": "colossalai"}, ValueError, r"engine: got 'colossalai' without a plugin"),

@@ -117,11 +117,12 @@ def test_a_sharded_model_is_refused(one_process_group):
         opendit.accelerate(model)
 
 
-def test_hugging_face_accelerate():
+@pytest.mark.parametrize("cfg", [None, {"precision": "bf16"}])
+def test_hugging_face_accelerate(cfg):
     accelerate = pytest.importorskip("accelerate")
     model = build(DIT)
     expected = run(twin(model), DIT)
-    model, optimizer = opendit.accelerate(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    model, optimizer = opendit.accelerate(model, cfg, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared, optimizer = accelerator.prepare(model, optimizer)
     (x, t, y), _ = DIT.inputs(torch.float32, torch.device("cpu"))

@@ -51,7 +51,7 @@ def job_of_name(name: str, image_size: int, batch: int, device: torch.device, fa
             f"model: got {name!r}; allowed: {', '.join(MODELS)}, or PACKAGE.MODULE:FUNCTION, which returns verify's "
             "arguments as a mapping"
         )
-    if image_size % 8:
+    if image_size < 8 or image_size % 8:
         raise ValueError(f"image_size: got {image_size}; allowed: a multiple of 8, for latents are an eighth of it")
     if batch < 1:
         raise ValueError(f"batch: got {batch}; allowed: 1 or more")

@@ -30,9 +30,12 @@ def check_tokens(kernel: str, name: str, tensor: Any, like: Tensor | None = None
 
 
 def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], meaning: str | None = None, **vectors: Any) -> None:
-    """Require floating tensors of exactly ``shape`` (its ``meaning`` in words) on x's device; None is skipped."""
+    """Require floating tensors of exactly ``shape`` (its ``meaning`` in words) on x's device.
+
+    None is skipped, but for [B, D], which no kernel does without.
+    """
     for name, tensor in vectors.items():
-        if tensor is None:
+        if tensor is None and (len(shape) == 1 or meaning is not None):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -52,6 +55,8 @@ def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], meaning: str |
 
 def check_eps(kernel: str, eps: float) -> None:
     """Require eps > 0 (NaN is refused too)."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{kernel}: eps is a {type(eps).__name__}; pass a positive number, for example 1e-6")
     if not eps > 0:
         raise ValueError(f"{kernel}: eps is {eps}; it must be positive, for example 1e-6")
 

@@ -76,6 +76,8 @@ def forward_tile(*streams: Tensor, quantize: bool = False) -> Tile:
         return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
     # Half the backward's warps: with one, a row's two reductions need no trip through shared memory.
     few = max(warps(streams[0].shape[-1]) // 2, 1)
+    if len(streams) == 1 and streams[0].element_size() <= 2 and not quantize and streams[0].shape[:2].numel() < 1 << 15:
+        return Tile(rows=1, walk=2, most=1 << 20, warps=few, stages=3)  # too few bytes for fewer programs
     if len(streams) == 1:
         # Two rows whose largest values are found besides take all registers of a lane.
         return Tile(rows=1 if quantize else 2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
@@ -147,6 +149,8 @@ def downcast(value, dtype: tl.constexpr):
     """float32 to dtype, rounding to nearest even."""
     if dtype == tl.float32:
         return value
+    elif dtype == tl.float64:
+        return value.to(dtype)
     else:
         return value.to(dtype, fp_downcast_rounding="rtne")
 
@@ -229,7 +233,9 @@ def sum_programs(partials: Tensor, sums: Tensor, wrap: Callable[[Any], Any]) -> 
     B, P, K, D = partials.shape
     chunk = min(256, 1 << (P - 1).bit_length())
     block = max(16, 2048 // chunk)
-    wrap(_sum_programs)[(B, -(-K * D // block))](partials, sums, P, K * D, CHUNK=chunk, BLOCK=block, num_warps=4)
+    wrap(_sum_programs)[(B, -(-K * D // block))](
+        *(partials, sums, P, K * D), CHUNK=chunk, BLOCK=block, num_warps=8 if chunk == 256 else 4
+    )
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

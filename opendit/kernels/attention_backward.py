@@ -10,19 +10,28 @@ With s = scale · q·kᵀ, lse = log Σ_keys exp(s), p = exp(s − lse) and do =
     dq    = scale · ds · k;  dk = scale · dsᵀ · q;  dv = pᵀ · do
 
 One kernel finds delta and dq, one dk and dv: 7 products for every pair of blocks where 5 would do, but nothing is
-shared, so repeats are bit-identical. dq, dk and dv go straight into dqkv, so that nothing is stacked afterwards, and
-their sums over all tokens, the gradient of the projection's bias, come from the same pass.
+shared, so repeats are bit-identical. dq, dk and dv go straight into dqkv, so that nothing is stacked afterwards.
+
+Of the gradient of the projection's bias, their sums over all tokens, only dq's has to be summed. A softmax's row sums
+to 1 whatever the scores are, so Σ_keys p = 1 and Σ_keys ds = 0: the sum of dk is 0, and that of dv is that of do.
 
 A head of K elements is held as two power-of-two pieces, HEAD + TAIL >= K, each 16 wide at least because the matrix
 unit takes no less: 72 is 64 + 16, of which 8 are masked, where one power of two would be 128. TAIL is 0 when K is a
 power of two; then the tail names the head again and nobody reads it. A product over K is two dots into one
 accumulator; a product over tokens is one dot for each piece of the result.
 
+What is streamed past a program's own rows comes through the tensor memory unit, where the device has one (compute
+capability 9.0), blocks fit the tokens exactly, and samples lie one after another: threads need no addresses and wait
+for no copies then. Its boxes are of whole pieces, so a tail holds columns of the next head; they meet zeros in a
+program's own rows, or columns that are not stored.
+
 Offsets between blocks are 64-bit scalars, for tensors pass 2**31 elements; within a block they are 32-bit, which
 saves registers and needs token strides below ``STRIDE_LIMIT``. A program holds QUERIES query rows or KEYS key rows.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
+import importlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +60,7 @@ class Launch:
 
     queries, keys: rows of either that a program holds at once. warps: warps per program. stages: depth of the
     asynchronous copies. registers: cap for each thread, 0 for the compiler's own choice; eager calls only.
+    boxes: whether the tensor memory unit is used where it can be.
     """
 
     queries: int
@@ -58,6 +68,7 @@ class Launch:
     warps: int
     stages: int
     registers: int = 0
+    boxes: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,31 @@ def _load(ptr, offsets, live, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.cons
     tail = head
     if TAIL > 0:
         tail = _load_piece(at, live, K, HEAD, TAIL, EVEN)
+    return head, tail
+
+
+@triton.jit
+def _stream(
+    box_head,
+    box_tail,
+    row,
+    column,
+    ptr,
+    offsets,
+    live,
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """``_load``, or the boxes at (row, column), whose tail's masked columns hold something else."""
+    if box_head is None:
+        head, tail = _load(ptr, offsets, live, K, HEAD, TAIL, EVEN)
+    else:
+        head = box_head.load([row, column])
+        tail = head
+        if TAIL > 0:
+            tail = box_tail.load([row, column + HEAD])
     return head, tail
 
 
@@ -179,6 +215,8 @@ def _row_products(a_head, a_tail, b_head, b_tail, TAIL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "blocks"])
 def _queries_bwd(
+    qkv_head,
+    qkv_tail,
     qkv_ptr,
     dout_ptr,
     out_ptr,
@@ -229,12 +267,16 @@ def _queries_bwd(
     lse = tl.load(lse_ptr + bh * L + first + rows, mask=live, other=float("inf")) * LOG2E
     cols = tl.arange(0, KEYS)
     offsets = cols * stride_l
+    column = (h * K).to(tl.int32)
     dq_h, dq_t = _zeros(QUERIES, HEAD, TAIL)
     for start in tl.range(0, L, KEYS, num_stages=STAGES):
         shift = tl.cast(start, tl.int64) * stride_l
         exists = start + cols < L
-        k_h, k_t = _load(k_ptr + shift, offsets, exists, K, HEAD, TAIL, EVEN)
-        v_h, v_t = _load(v_ptr + shift, offsets, exists, K, HEAD, TAIL, EVEN)
+        row = (b * L + start).to(tl.int32)
+        k_h, k_t = _stream(qkv_head, qkv_tail, row, H * K + column, k_ptr + shift, offsets, exists, K, HEAD, TAIL, EVEN)
+        v_h, v_t = _stream(
+            qkv_head, qkv_tail, row, 2 * H * K + column, v_ptr + shift, offsets, exists, K, HEAD, TAIL, EVEN
+        )
         s = _over_k(q_h, q_t, k_h, k_t, TAIL)
         dp = _over_k(do_h, do_t, v_h, v_t, TAIL)
         p = tl.exp2(s * to_log2 - lse[:, None])
@@ -251,12 +293,15 @@ def _queries_bwd(
 
 @triton.jit(do_not_specialize=["L", "blocks"])
 def _keys_bwd(
+    qkv_head,
+    qkv_tail,
+    dout_head,
+    dout_tail,
     qkv_ptr,
     dout_ptr,
     lse_ptr,
     delta_ptr,
     dqkv_ptr,
-    part_ptr,
     stride_b,
     stride_l,
     dout_stride_b,
@@ -272,7 +317,6 @@ def _keys_bwd(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
-    WANT_SUMS: tl.constexpr,
 ):
     """One block of keys of one head: dk and dv with queries streamed past it. Every product is [KEYS, QUERIES]."""
     pid = tl.program_id(0)
@@ -297,14 +341,20 @@ def _keys_bwd(
     rows = tl.arange(0, QUERIES)
     q_offsets = rows * stride_l
     do_offsets = rows * dout_stride_l
+    column = (h * K).to(tl.int32)
     dk_h, dk_t = _zeros(KEYS, HEAD, TAIL)
     dv_h, dv_t = _zeros(KEYS, HEAD, TAIL)
     for start in tl.range(0, L, QUERIES, num_stages=STAGES):
         token = start + rows
         live = token < L
         wide = tl.cast(start, tl.int64)
-        q_h, q_t = _load(q_ptr + wide * stride_l, q_offsets, live, K, HEAD, TAIL, EVEN)
-        do_h, do_t = _load(do_ptr + wide * dout_stride_l, do_offsets, live, K, HEAD, TAIL, EVEN)
+        row = (b * L + start).to(tl.int32)
+        q_h, q_t = _stream(
+            qkv_head, qkv_tail, row, column, q_ptr + wide * stride_l, q_offsets, live, K, HEAD, TAIL, EVEN
+        )
+        do_h, do_t = _stream(
+            dout_head, dout_tail, row, column, do_ptr + wide * dout_stride_l, do_offsets, live, K, HEAD, TAIL, EVEN
+        )
         if EVEN:
             lse = tl.load(lse_ptr + token)
             delta = tl.load(delta_ptr + token)
@@ -313,8 +363,6 @@ def _keys_bwd(
             delta = tl.load(delta_ptr + token, mask=live, other=0.0)
         s = _over_k(k_h, k_t, q_h, q_t, TAIL)
         p = tl.exp2(s * to_log2 - (lse * LOG2E)[None, :])
-        if not EVEN:  # exp2(-lse) may be infinite
-            p = tl.where(exists[:, None], p, 0.0)
         dp = _over_k(v_h, v_t, do_h, do_t, TAIL)
         dv_h, dv_t = _add_over_rows(downcast(p, dtype), do_h, do_t, dv_h, dv_t, TAIL)
         ds = downcast(p * (dp - delta[None, :]), dtype)
@@ -324,10 +372,6 @@ def _keys_bwd(
     dk_ptr = dqkv_ptr + (b * L + first) * (3 * H * K) + H * K + h * K
     _store(dk_ptr, cols * (3 * H * K), exists, dk_h, dk_t, K, HEAD, TAIL)
     _store(dk_ptr + H * K, cols * (3 * H * K), exists, dv_h, dv_t, K, HEAD, TAIL)
-    if WANT_SUMS:
-        part = part_ptr + (((b * blocks + block) * 2) * H + h) * K
-        _store_sums(part, dk_h, dk_t, K, HEAD, TAIL)
-        _store_sums(part + H * K, dv_h, dv_t, K, HEAD, TAIL)
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -353,6 +397,24 @@ def _tile(launch: Launch, length: int) -> dict[str, Any]:
     return {"QUERIES": launch.queries, "KEYS": launch.keys, "STAGES": launch.stages, "EVEN": even}
 
 
+def _boxes(tensor: Tensor, launch: Launch, rows: int, head: int, tail: int) -> tuple[Any, Any]:
+    """(head, tail), descriptions of ``rows`` tokens' pieces of [B, L, ..., K] for the tensor memory unit, tail None if
+    it is empty; (None, None) where the unit is not there or can't be used.
+    """
+    B, L, *rest = tensor.shape
+    stride = tensor.stride(1)
+    usable = launch.boxes and _tile(launch, L)["EVEN"] and (B == 1 or tensor.stride(0) == L * stride)
+    # The unit's own rules: rows and the first element at multiples of 16 bytes.
+    usable = usable and stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    if not usable or not (INTERPRETING or torch.cuda.get_device_capability(tensor.device) >= (9, 0)):
+        return None, None
+    describe = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    shape, strides = [B * L, math.prod(rest)], [stride, 1]
+    return describe(tensor, shape, strides, [rows, head]), describe(
+        tensor, shape, strides, [rows, tail]
+    ) if tail else None
+
+
 def fits(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernels take this."""
     return dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim % 8 == 0 and head_dim <= 128
@@ -365,58 +427,62 @@ def attention_backward(
     lse: Tensor,
     scale: float | None = None,
     *,
-    bias_sums: bool = False,
+    query_sums: bool = False,
     launch: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv [B, L, 3, H, K], contiguous; its sums over B and L [3·H·K] float32, empty where not asked for).
+    """(dqkv [B, L, 3, H, K], contiguous; dq's sums over B and L [H·K] float32, empty where not asked for).
 
     Args:
         dout, out: [B, L, H, K] in qkv's dtype, which `fits` must accept. qkv: [B, L, 3, H, K]. Strides of B and L may
             be anything; others that are not dense cost a copy.
         lse: [B, H, L] float32: the natural logarithm of the softmax's denominator.
         scale: what q·kᵀ was multiplied by; 1/√K by default.
-        bias_sums: whether the sums are wanted; they are of the float32 values, before they are rounded into dqkv.
+        query_sums: whether dq's sums are wanted; they are of the float32 values, before they are rounded into dqkv.
+            dk's are 0, and dv's those of dout.
     """
     B, L, _, H, K = qkv.shape
     scale = K**-0.5 if scale is None else scale
     dqkv = qkv.new_empty(qkv.shape)
-    sums = qkv.new_empty((3 * H * K if bias_sums else 0,), dtype=torch.float32)
+    sums = qkv.new_empty((H * K if query_sums else 0,), dtype=torch.float32)
     if qkv.numel() == 0:
         return dqkv, sums.zero_()
     dout, qkv, out, lse = _packed(dout), _packed(qkv), out.contiguous(), lse.contiguous()
     HEAD, TAIL = pieces(K)
     launch = launch or tiles(K, qkv.element_size())
-    q_blocks, k_blocks = -(-L // launch.queries.queries), -(-L // launch.keys.keys)
+    of_queries, of_keys = launch.queries, launch.keys
+    q_blocks, k_blocks = -(-L // of_queries.queries), -(-L // of_keys.keys)
     delta = torch.empty_like(lse)
-    part_q = qkv.new_empty((1, B * q_blocks, 1, H * K) if bias_sums else (0,), dtype=torch.float32)
-    part_kv = qkv.new_empty((1, B * k_blocks, 2, H * K) if bias_sums else (0,), dtype=torch.float32)
+    partials = qkv.new_empty((1, B * q_blocks, 1, H * K) if query_sums else (0,), dtype=torch.float32)
     strides = (qkv.stride(0), qkv.stride(1), dout.stride(0), dout.stride(1))
-    shape = {"H": H, "K": K, "HEAD": HEAD, "TAIL": TAIL, "WANT_SUMS": bias_sums}
+    shape = {"H": H, "K": K, "HEAD": HEAD, "TAIL": TAIL}
     _queries_bwd[(B * H * q_blocks,)](  # finds delta, which the other reads
-        *(qkv, dout, out, lse, delta, dqkv, part_q, *strides, L, q_blocks, scale),
+        *_boxes(qkv, of_queries, of_queries.keys, HEAD, TAIL),
+        *(qkv, dout, out, lse, delta, dqkv, partials, *strides, L, q_blocks, scale),
         **shape,
-        **_tile(launch.queries, L),
-        **_options(launch.queries),
+        WANT_SUMS=query_sums,
+        **_tile(of_queries, L),
+        **_options(of_queries),
     )
     _keys_bwd[(B * H * k_blocks,)](
-        *(qkv, dout, lse, delta, dqkv, part_kv, *strides, L, k_blocks, scale),
+        *_boxes(qkv, of_keys, of_keys.queries, HEAD, TAIL),
+        *_boxes(dout, of_keys, of_keys.queries, HEAD, TAIL),
+        *(qkv, dout, lse, delta, dqkv, *strides, L, k_blocks, scale),
         **shape,
-        **_tile(launch.keys, L),
-        **_options(launch.keys),
+        **_tile(of_keys, L),
+        **_options(of_keys),
     )
-    if bias_sums:
-        sum_programs(part_q, sums[: H * K].view(1, 1, H * K), direct)
-        sum_programs(part_kv, sums[H * K :].view(1, 2, H * K), direct)
+    if query_sums:
+        sum_programs(partials, sums.view(1, 1, H * K), direct)
     return dqkv, sums
 
 
 def attention_backward_reference(
     dout: Tensor, qkv: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, dqkv, sums): the specification, by autograd, in qkv's own dtype."""
+    """(out, lse, dqkv, sums of dq): the specification, by autograd, in qkv's own dtype."""
     leaf = qkv.detach().requires_grad_()
     q, k, v = leaf.permute(2, 0, 3, 1, 4).unbind(0)
     scores = (q @ k.mT) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
     out = (scores.softmax(-1) @ v).transpose(1, 2)
     (dqkv,) = torch.autograd.grad(out, leaf, dout)
-    return out.detach(), scores.detach().logsumexp(-1), dqkv, dqkv.sum((0, 1)).flatten()
+    return out.detach(), scores.detach().logsumexp(-1), dqkv, dqkv[:, :, 0].sum((0, 1)).flatten()

@@ -36,8 +36,12 @@ from opendit.kernels._rows import (
 from opendit.kernels.backend import INTERPRETING, resolve
 from opendit.kernels.spec import KernelSpec
 
-# Elements that a forward program takes; the interpreter's time goes into programs, not into elements.
-FORWARD_BLOCK, FORWARD_WARPS = (16384, 4) if INTERPRETING else (512, 2)
+
+def forward_block(itemsize: int) -> tuple[int, int]:
+    """(elements, warps) of a forward program where x has ``itemsize`` bytes an element: 8 elements a lane."""
+    if INTERPRETING:  # its time goes into programs, not into elements
+        return 16384, 4
+    return (1024, 4) if itemsize > 2 else (2048, 8)
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, *, residual_dtype: torch.dtype | None = None) -> Tensor:
@@ -151,8 +155,6 @@ def launch_forward(
     gate: Tensor,
     residual_dtype: torch.dtype | None = None,
     wrap: Any = direct,
-    block: int = FORWARD_BLOCK,
-    warps: int = FORWARD_WARPS,
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -162,6 +164,7 @@ def launch_forward(
         return residual
     x, y, gate = dense_rows(x), dense_rows(y), dense_rows(gate)
     B, L, D = x.shape
+    block, warps = forward_block(x.element_size())
     P = -(-L * D // block)
     wrap(_gate_residual_fwd)[(B * P,)](
         *(x, y, gate, residual),

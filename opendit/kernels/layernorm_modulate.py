@@ -387,8 +387,9 @@ def launch_backward(
 
 def sums_dtype(shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
     """What S0 and S1 are rounded to: the gradients' own dtype when they are the gradients, else float32."""
-    plain = weight is None and bias is None and shift is not None and scale is not None and shift.dtype == scale.dtype
-    return shift.dtype if plain and shift is not None else torch.float32
+    modulation, affine = ({t.dtype for t in pair if t is not None} for pair in ((shift, scale), (weight, bias)))
+    dtypes = modulation or affine  # without modulation there is one sample, whose sums are the affine's gradients
+    return dtypes.pop() if len(dtypes) == 1 and not (modulation and affine) else torch.float32
 
 
 def modulation_gradients(
@@ -397,21 +398,19 @@ def modulation_gradients(
     """(dshift, dscale, dweight, dbias) from S0 and S1; None for an absent argument."""
     s0, s1 = sums.unbind(1)
     if scale is None:
-        dscale, a0, a1 = None, s0, s1
-    elif weight is None and bias is None:
+        s0, s1 = s0[0], s1[0]
+        return None, None, None if weight is None else s1.to(weight.dtype), None if bias is None else s0.to(bias.dtype)
+    if weight is None and bias is None:
         return s0.to(shift_dtype), s1.to(scale.dtype), None, None
-    else:
-        dscale = s1 if weight is None else weight * s1
-        if bias is not None:
-            dscale = dscale + bias * s0
-        dscale = dscale.to(scale.dtype)
-        a = 1 + scale.float()
-        a0, a1 = a * s0, a * s1
+    dscale = s1 if weight is None else weight * s1
+    if bias is not None:
+        dscale = dscale + bias * s0
+    a = 1 + scale.float()
     return (
         None if shift_dtype is None else s0.to(shift_dtype),
-        dscale,
-        None if weight is None else a1.sum(0).to(weight.dtype),
-        None if bias is None else a0.sum(0).to(bias.dtype),
+        dscale.to(scale.dtype),
+        None if weight is None else (a * s1).sum(0).to(weight.dtype),
+        None if bias is None else (a * s0).sum(0).to(bias.dtype),
     )
 
 

@@ -181,12 +181,13 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
 def _short(attention: str, qkv: Tensor) -> bool:
     """Whether attention's backward is our own kernel, after cuDNN's forward.
 
-    At 65536 tokens on an H100, 16 heads of 72, with gradients packed and the bias gradient summed, against cuDNN's and
-    a pass that packs: 1.29 against 1.73 ms at L=256, 1.83 against 2.30 at 512, 3.13 against 3.46 at 1024, where the
-    power it takes slows the rest of a step by more; 12 heads of 64 at L=256: 0.67 against 1.03.
+    At 65536 tokens on an H200, with gradients packed and what the bias gradient needs, against cuDNN's and a pass that
+    packs and sums: 16 heads of 72, 1.01 against 1.46 ms at L=256, 1.55 against 2.01 at 512, 2.80 against 3.10 at 1024,
+    5.44 against 5.35 at 2048; 12 heads of 64, 0.55 against 0.84, 0.83 against 1.08, 1.47 against 1.56, 2.78 against
+    2.58.
     """
     L, K = qkv.shape[1], qkv.shape[4]
-    return attention == "sdpa-cudnn" and L <= 512 and K <= 96 and short_attention.fits(qkv.dtype, K)
+    return attention == "sdpa-cudnn" and L <= 1024 and K <= 96 and short_attention.fits(qkv.dtype, K)
 
 
 def _norm_fake(*inputs: Any, scale8: Tensor | None = None) -> Any:
@@ -383,6 +384,8 @@ def backward(
         turned = _product(g.t(), dy_m, to["w2"])
         grads["w2"] = transpose_into(turned, into["w2"] if into else torch.empty_like(groups[W2][0]))
     del g, dy_m
+    short = static.sequence is None and _short(static.attention, s["qkv"])
+    want_dy_a_sums = want["proj_b"] or (short and want["qkv_b"])
     # p = h_m·W1ᵀ + b1, h_m = LN(r)·(1 + scale_m) + shift_m, r = x + gate_a·y_a
     dh_m = fp8.scaled_product(dp8, fp8.quantize_columns(w1), dtype) if static.fp8 else torch.mm(dp, w1)
     dh_m = dh_m.view(B, L, D)
@@ -400,13 +403,18 @@ def backward(
         torch.float32 if static.wide else x.dtype,
         torch.float32,
         [True, True, modulated, modulated],
-        want_sum=want["proj_b"],
+        want_sum=want_dy_a_sums,
         shift=shift_m,
         modulated=None if keep == "all" else h_m,
     )
     dy_a = dy_a.view(M, D)
-    if want["proj_b"]:
-        grads["proj_b"] = _through_gate(gate_a, sums_a[:, -1], to["proj_b"])
+    dv_sums = None
+    if want_dy_a_sums:
+        dy_a_sums = _through_gate(gate_a, sums_a[:, -1], torch.float32)
+        if want["proj_b"]:
+            grads["proj_b"] = dy_a_sums.to(to["proj_b"])
+        if short:  # Σ dv = Σ do = Σ dy_a·Wproj, for a softmax's rows sum to 1
+            dv_sums = torch.mm(dy_a_sums[None], proj_w.float())[0]
     if want["w1"]:
         grads["w1"] = _product(dp.t(), h_m.view(M, D), to["w1"], into.get("w1"))
     del dp, h_m, dh_m
@@ -427,7 +435,7 @@ def backward(
         dh_a, dw, db = in_block.fastseq_backward(*given, dw, db)
         grads |= {n: g for n, g in (("qkv_w", dw), ("qkv_b", db)) if g is not None}
     else:
-        dqkv, dqkv_b = _attention_backward(do, s, of_attention, static, want["qkv_b"])
+        dqkv, dqkv_b = _attention_backward(do, s, of_attention, static, want["qkv_b"], dv_sums)
         if want["qkv_b"]:
             grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
         # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
@@ -479,9 +487,14 @@ def _through_gate(gate: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_backward(
-    do: Tensor, s: dict[str, Tensor], saved: Sequence[Tensor], static: Static, want_sums: bool
+    do: Tensor,
+    s: dict[str, Tensor],
+    saved: Sequence[Tensor],
+    static: Static,
+    want_sums: bool,
+    dv_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv [M, 3·H·K], its column sums in fp32)."""
+    """(dqkv [M, 3·H·K], its column sums in fp32). dv_sums: those of dv [H·K], given where they need no pass."""
     if static.sequence is not None:
         B, L, _ = s["o"].shape
         dqkv = in_block.ulysses_backward(do.view(B, L, -1), saved, static.heads, static.sequence, static.attend)
@@ -493,8 +506,11 @@ def _attention_backward(
     if _short(attention, qkv):
         lse = saved[0].reshape(B, H, L)
         dqkv, sums = short_attention.attention_backward(
-            do.view(per_head), qkv, o.view(per_head), lse, bias_sums=want_sums
+            do.view(per_head), qkv, o.view(per_head), lse, query_sums=want_sums
         )
+        if want_sums:
+            assert dv_sums is not None
+            sums = torch.cat((sums, torch.zeros_like(sums), dv_sums))
     else:
         q, k, v = qkv.unbind(2)
         dq, dk, dv = two_pass.backward(do.view(per_head), q, k, v, o.view(per_head), saved, attention)

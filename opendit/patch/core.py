@@ -239,7 +239,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
             module.__class__ = base
         _uncompile(model, plan)
         raise
-    setattr(model, _PLAN, plan)
+    model.__dict__[_PLAN] = plan  # a model's own __setattr__ may refuse names that it does not know
 
 
 def _uncompile(model: nn.Module, plan: Plan | None) -> None:
@@ -263,7 +263,7 @@ def unapply(model: nn.Module) -> None:
                 f"model: {fqn or 'the model itself'} was given another class after accelerate ({made}); undo "
                 "that first, or call restore before sharding or wrapping"
             )
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not _its_own(module):
             raise ValueError(
                 f"model: the forward of {fqn or 'the model itself'} was replaced after accelerate (hooks of Accelerate "
                 "do that); take them off first, for they would still call what restore removes"
@@ -271,8 +271,15 @@ def unapply(model: nn.Module) -> None:
     _uncompile(model, plan_of(model))
     for _, module in patched:
         _notes.pop(cast(nn.Module, module), None)
+        module.__dict__.pop("forward", None)
         module.__class__ = cast(Any, type(module))._opendit_base
     model.__dict__.pop(_PLAN, None)
+
+
+def _its_own(module: Any) -> bool:
+    """Whether the forward on this instance is that of its class, as Accelerate's `unwrap_model` leaves it there."""
+    forward, kind = module.__dict__["forward"], cast(Any, type(module))
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is kind.forward
 
 
 def untouched(*norms: nn.Module) -> bool:

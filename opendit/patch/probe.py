@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,10 +124,14 @@ def separable(module: nn.Module, shape: torch.Size, dims: Sequence[int], *others
             return False
 
 
+_one_at_a_time = threading.RLock()  # threads share the random state
+
+
 @contextmanager
 def _neutral() -> Iterator[None]:
     """A fixed random state and none of the caller's modes; everything is as it was afterwards."""
     with (
+        _one_at_a_time,
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
@@ -169,7 +174,7 @@ def _compare(
     return worst and f"its forward computes something else than the fused one ({worst})"
 
 
-_INTERNALS = frozenset(nn.Module().__dict__)
+_INTERNALS = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}  # that of Module.compile
 
 
 def own_attributes(module: nn.Module) -> dict[str, object]:

@@ -179,6 +179,9 @@ def test_a_variant_that_fails_says_so_and_the_others_go_on(monkeypatch):
     [
         (["--model", "DiT-Z/2"], "model: got 'DiT-Z/2'; allowed: DiT-XL/2"),
         (["--image-size", "100"], "image_size: got 100; allowed: a multiple of 8"),
+        (["--image-size", "0"], "image_size: got 0; allowed: a multiple of 8"),
+        (["--json", "/nowhere/bench.json"], "json: got '/nowhere/bench.json'; allowed: a file in a folder that exists"),
+        (["--json", "."], "json: got '.'; allowed: a file"),
         (["--image-size", "8"], "no multiple of DiT-Tiny/2's patch"),
         (["--batch", "0"], "batch: got 0; allowed: 1 or more"),
         (["--repeats", "0"], "repeats: got 0"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import charts, fill_tables
+from benchmarks.fill_tables import TABLES
 from benchmarks.records import load, newest
-from benchmarks.tables import TABLES
 
 
 def write(folder: Path, theme: str, rows: list, date: str = "2030-01-01", **facts) -> Path:
@@ -104,6 +104,46 @@ def test_the_other_tables(folder):
     assert "3.0e-2" in table(folder, "parity")
     assert "| 4000 | 650 | 130.0 |" in table(folder, "largest-batch")
     assert "| +1.00e-04 | 1.00e-02 | less |" in table(folder, "loss-curves")
+
+
+def test_engines_that_differ_in_size_stand_beside_each_other(tmp_path):
+    case = {"model": "DiT-XL/2", "image_size": 256, "batch": 64, "processes": 2, "cap_gib": None}
+    plain = case | {"variant": "ddp", "ms": 100.0, "update_ms": 6.0, "states_gib": 7.5}
+    save = {"stall_s": [2.5, 0.3], "written_s": 9.0, "ms_meanwhile": 110.0, "gib": 10.1}
+    averaged = plain | {"variant": "ddp ema", "update_ms": 6.5, "ema_gib": 1.25, "save": save}
+    write(tmp_path, "engines_dit-xl-2_256px", [plain, averaged])
+    write(tmp_path, "engines_dit-xl-2_256px", [plain | {"processes": 1}], date="2030-01-02")
+    write(tmp_path, "engines_dit-xl-2_256px", [plain | {"cap_gib": 8.0, "error": "no"}], date="2030-01-03")
+    write(tmp_path, "engines_dit-xl-2_256px", [plain | {"variant": "ddp by hand", "ms": 99.0}], date="2030-01-01_2")
+    lines = table(tmp_path, "engines")
+    for said in (
+        "2 GPUs, 64 each | ddp by hand | 99.0",
+        "2 GPUs, 64 each |",
+        "1 GPU, 64 each |",
+        "64 each, at most 8 GiB | ddp | no |",
+    ):
+        assert said in lines
+    assert "| ddp ema | 6.00 | 6.50 | 0.50 % |" in table(tmp_path, "engine-updates")
+    assert "| ddp ema | 10.1 | 2.50 | 0.30 | 9.0 | 100.0 | 110.0 |" in table(tmp_path, "engine-saves")
+
+
+def test_models_are_taken_from_the_newest_file_of_each(tmp_path):
+    model = {"part": "model", "model": "DiT-XL/2", "tokens": 4096, "frames": 0}
+
+    def row(variant: str, rate: float, times: float | None, **more) -> dict:
+        return model | {"variant": variant} | more | {"train": {"samples_per_s": rate, "times_one": times, "gib": 9.0}}
+
+    old = [row("one", 1.0, 1.0), row("sp=2", 1.5, 1.5), row("one", 7.0, 1.0, tokens=256, frames=16)]
+    write(tmp_path, "sequence_parallel", old)
+    sample = {"samples_per_s": 30.0, "times_one": None, "gib": 3.0}
+    newer = [row("sp=2", 2.0, None), model | {"variant": "sp=2", "sample": sample}, model | {"variant": "dp=2"}]
+    newer[-1]["train"] = {"failed": "out of memory"}
+    write(tmp_path, "sequence_parallel", newer, date="2030-01-02")
+    lines = table(tmp_path, "spread-models").splitlines()
+    assert "| DiT-XL/2 | 16 × 256 | one | 7.00, 1.00, 9.0 | – |" in lines
+    assert "| DiT-XL/2 | 4096 | sp=2 | 2.00, –, 9.0 | 30.00, –, 3.0 |" in lines
+    assert "| DiT-XL/2 | 4096 | dp=2 | out of memory | – |" in lines
+    assert not any("1.50" in line for line in lines)
 
 
 def test_the_newest_complete_file_counts(folder):

@@ -120,9 +120,10 @@ def test_output_dtypes(spec: KernelSpec, device: torch.device) -> None:
             expected = promoted if "BD" in spec.inputs.values() else dtype
             assert {o.dtype for o in as_tuple(spec.fn(**inputs, backend=backend))} == {expected}
             if takes(spec, "out_dtype"):
-                outputs = as_tuple(spec.fn(**inputs, backend=backend, out_dtype=BF16))
-                assert outputs[-1].dtype == BF16
-                assert all(o.is_contiguous() for o in outputs)
+                for asked in (BF16, torch.float64):
+                    outputs = as_tuple(spec.fn(**inputs, backend=backend, out_dtype=asked))
+                    assert outputs[-1].dtype == asked
+                    assert all(o.is_contiguous() for o in outputs)
 
 
 def test_a_residual_of_another_dtype_than_its_gate(device: torch.device) -> None:
@@ -338,8 +339,10 @@ def refused(spec: KernelSpec, error: type[Exception], *words: str, **change: obj
 
 
 def test_bad_arguments(spec: KernelSpec) -> None:
-    for name in spec.inputs:
+    for name, kind in spec.inputs.items():
         refused(spec, TypeError, name, "list", **{name: [1.0]})
+        if not kind.endswith("?"):
+            refused(spec, TypeError, name, "NoneType", **{name: None})
         wrong = torch.zeros(5, 3)
         if not (spec.name == "layernorm" and name == "x"):
             refused(spec, ValueError, name, "(5, 3)", **{name: wrong})
@@ -351,6 +354,7 @@ def test_bad_arguments(spec: KernelSpec) -> None:
     if takes(spec, "eps"):
         for eps in (0.0, -1.0, float("nan")):
             refused(spec, ValueError, "eps", str(eps), eps=eps)
+        refused(spec, TypeError, "eps", "str", eps="1e-6")
         refused(spec, ValueError, "out_dtype", "int32", out_dtype=torch.int32)
         refused(spec, TypeError, "out_dtype", "float16", out_dtype="float16")
     if spec.name != "layernorm":

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opendit.kernels.attention_backward import attention_backward_reference
 from opendit.patch import block as sound
 from opendit.patch.block import KEEP, PARAMETERS, Static
 from tests.kernels.conftest import poisoned_memory  # noqa: F401  (what a backward forgets to write again shows)
@@ -230,6 +231,50 @@ def test_only_what_needs_a_gradient_gets_one(keep: str, algebra) -> None:
     for needs in NEEDS:
         for projections in (1, 3):
             check(Case(needs=needs, keep=keep, projections=projections), 1e-10, module)
+
+
+def short(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`module` with the attention backward of short sequences, as after cuDNN's forward on a GPU, in plain torch."""
+
+    def backward(dout: Tensor, qkv: Tensor, *_: Tensor, query_sums: bool) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            _, _, dqkv, sums = attention_backward_reference(dout, qkv)
+        return dqkv.contiguous(), sums if query_sums else sums[:0]
+
+    monkeypatch.setattr(module, "_short", lambda attention, qkv: True)
+    monkeypatch.setattr(module.short_attention, "attention_backward", backward)
+    return module
+
+
+SHORT = Case(attention="sdpa-flash")
+
+
+@each_keep
+def test_short_attention(keep: str, algebra, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The biases of k and v get their gradients without a pass over dk and dv."""
+    module = short(algebra(), monkeypatch)
+    for case in (
+        SHORT,
+        replace(SHORT, projections=3),
+        *[replace(SHORT, biases=tuple(b for b in BIASES if b != absent)) for absent in ("qkv_b", "proj_b")],
+        *[replace(SHORT, needs=needs) for needs in (("qkv_b",), ("proj_b",), WEIGHTS, ("x",))],
+    ):
+        check(replace(case, keep=keep), 1e-10, module)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(sums, torch.zeros_like(sums), dv_sums)", "(sums, dv_sums, torch.zeros_like(sums))"),
+        ("proj_w.float())[0]", "proj_w.t().float())[0]"),
+        ("torch.mm(dy_a_sums[None], proj_w.float())[0]", "dy_a_sums + 0 * proj_w.float()[0]"),
+    ],
+    ids=["k-and-v-swapped", "projection-turned", "projection-left-out"],
+)
+def test_mutant_of_short_attention_is_caught(old: str, new: str, algebra, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = short(algebra([(old, new, 1)]), monkeypatch)
+    with pytest.raises(AssertionError, match="d_qkv_b is off"):
+        check(SHORT, 1e-10, module)
 
 
 @each_keep

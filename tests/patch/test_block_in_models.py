@@ -17,7 +17,7 @@ from opendit.patch import block as block_file
 from tests.comparing import Results, build, relative_errors, run, twin, worst
 from tests.patch.plain_kernels import use_plain_kernels
 from tests.patch.test_families import strip_hooks, strip_prefix, total
-from tests.tiny_models import TINY, Tiny, randomise
+from tests.tiny_models import TINY, Tiny, UserDiT, randomise
 
 DIT = TINY[0]
 DIFFUSERS = next(t for t in TINY if t.name == "diffusers")
@@ -530,6 +530,20 @@ def test_what_is_put_into_attention_later_is_honoured(plain, calls):
     assert torch.allclose(accelerated.blocks[0](x, c), expected, atol=1e-5)
     assert not calls
     assert "gates or normalises" in explained(accelerated)
+
+
+def test_a_scale_changed_later_is_honoured(plain, calls):
+    model = randomise(UserDiT(timm="old"))
+    width = model.blocks[0].attn.proj.weight.shape[0]
+    accelerated = fused(model)
+    for one in (model, accelerated):
+        one.blocks[0].attn.scale = 0.9
+    x, c = torch.randn(2, 5, width), torch.randn(2, width)
+    assert torch.allclose(accelerated.blocks[0](x, c), model.blocks[0](x, c), atol=1e-5)
+    assert not calls
+    assert "its scale is not 1/√K" in explained(accelerated)
+    accelerated.blocks[1](x, c)
+    assert calls
 
 
 def test_hooks_on_all_modules_see_the_parts(plain, calls):

@@ -47,7 +47,8 @@ def test_kinds_of_blocks_in_one_model():
     alike(results(fast, SD3), results(model, SD3))
     plan = opendit.explain(fast, file=io.StringIO())
     assert {f"transformer_blocks.{i}" for i in range(3)} <= {edit.fqn for edit in plan.edits}
-    assert {kept.why for kept in plan.kept} == {"in parts, not one function: image and text meet in its attention"}
+    left = {kept.why for kept in plan.kept if kept.fqn.startswith("transformer_blocks")}
+    assert left == {"in parts, not one function: image and text meet in its attention"}
 
 
 @pytest.mark.parametrize(("text", "height", "width"), [(1, 2, 2), (1, 8, 2), (9, 2, 4)])

@@ -12,7 +12,7 @@ from torch import nn
 import opendit
 from tests.comparing import build, relative_errors, run, twin, worst
 from tests.patch.test_families import total
-from tests.tiny_models import TINY, Block, UserDiT, modulate, randomise
+from tests.tiny_models import TINY, Block, Tiny, UserDiT, modulate, randomise
 
 DIT = TINY[0]
 
@@ -45,6 +45,46 @@ def test_active_attention_dropout_is_left_to_upstream():
     assert "dropout active in attention (p=0.1)" in explained(model)
     reference = opendit.restore(twin(model))
     assert worst(run(model, DIT), run(reference, DIT))[0] <= 1e-5
+
+
+def test_a_scale_changed_later_is_honoured():
+    tiny = Tiny("old timm", "dit", lambda: UserDiT(timm="old"), DIT.inputs)
+    model = build(tiny)
+    reference = twin(model)
+    opendit.accelerate(model)
+    for block in (*model.blocks, *reference.blocks):
+        block.attn.scale = 0.9
+    assert worst(run(model, tiny), run(reference, tiny))[0] <= 1e-5
+    assert "its scale is not 1/√K" in explained(model)
+
+
+def test_attention_compiles_with_dynamic_shapes():
+    attn = opendit.accelerate(randomise(UserDiT(timm="old"))).blocks[0].attn
+    compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+    for length in (5, 9):
+        x = torch.randn(2, length, attn.proj.in_features)
+        torch.testing.assert_close(compiled(x), attn(x))
+
+
+def test_blocks_compiled_one_by_one_before_are_fused_and_stay_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = build(DIT)
+    expected = run(model, DIT)
+    for part in (*model.blocks, *(block.mlp for block in model.blocks)):
+        part.compile(fullgraph=True, backend=backend)
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    plan = opendit.explain(opendit.accelerate(model), file=io.StringIO())
+    assert {"blocks.0", "blocks.1", "blocks.0.mlp"} <= {edit.fqn for edit in plan.edits}
+    assert worst(run(model, DIT), expected)[0] <= 1e-5
+    assert graphs
+    opendit.restore(model)
+    assert [block._compiled_call_impl for block in model.blocks] == compiled
+    assert worst(run(model, DIT), expected)[0] <= 1e-6
 
 
 def test_dropout_switched_on_later_is_honoured(caplog):

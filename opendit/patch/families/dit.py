@@ -63,7 +63,15 @@ class DispatchedAttention(SpreadAttention):
             return "a hook on its attention weights"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
-        return None
+        return None if self._scale_is_usual() else "its scale is not 1/√K"
+
+    def _scale_is_usual(self) -> bool:
+        """Whether nobody changed what old timm, and new timm without its fused kernels, multiply q·kᵀ with."""
+        scale, width = getattr(self, "scale", None), getattr(self.qkv, "out_features", None)
+        if scale is None or width is None:
+            return True
+        K = width // (3 * self.num_heads)
+        return isinstance(scale, (int, float)) and abs(scale * scale * K - 1.0) < 1e-6
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -79,6 +87,8 @@ class DispatchedAttention(SpreadAttention):
             return "it normalises q and k"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
+        if not self._scale_is_usual():
+            return "its scale is not 1/√K"
         if not plain_linear(self.qkv, self.proj):
             return "its linears are not torch's own, or something was put on them"
         return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
