@@ -4,6 +4,7 @@
     python benchmarks/loss_curves.py --data FOLDER --patch 2      # images, one sub-folder per class, such as CIFAR-10's
     python benchmarks/loss_curves.py --prepare images.pt          # here; then, on a machine without them:
     python benchmarks/loss_curves.py --data images.pt
+    python benchmarks/loss_curves.py --seconds 400 --state runs   # again and again, until all steps are taken
     python benchmarks/loss_curves.py --smoke                      # a few steps on the CPU: does the script work
 
     autocast    the unaccelerated model under bf16 autocast
@@ -37,6 +38,7 @@ from torch import Tensor
 
 import opendit
 from benchmarks.common import RESULTS, write_results
+from benchmarks.resuming import Kept
 from benchmarks.training import check_accelerated
 from examples.diffusion import OBJECTIVES
 from examples.models.dit import DiT
@@ -69,6 +71,13 @@ def main() -> int:
         with ThreadPoolExecutor(args.jobs or len(runs)) as pool:
             rows = list(pool.map(lambda run: worker(args, data, folder, *run), runs))
         seconds = time.perf_counter() - start
+    left = [row for row in rows if "final" not in row and "error" not in row]
+    for row in left:
+        print(
+            f"{row['variant']:10s} seed {row['seed']}  {row['steps']} of {args.steps} steps; the same command goes on"
+        )
+    if left:
+        return int(any("error" in row for row in rows))
     verdicts = judge(rows)
     setting = (
         f"DiT of {args.depth} blocks of {args.hidden}, {args.image_size} px, patch {args.patch}, batch {args.batch}, "
@@ -110,12 +119,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time; default: all")
+    parser.add_argument("--seconds", type=float, help="of training, for every run, in this call; default: no limit")
+    parser.add_argument("--state", type=Path, help="folder to keep runs in, from which the next call goes on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--smoke", action="store_true", help="a few steps on the CPU, nothing written")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.seconds is not None and args.state is None:
+        parser.error("--seconds: got it without --state; allowed: both, or what was trained would be lost")
     if args.smoke:
         args.steps, args.seeds, args.batch, args.jobs = 6, 2, 4, args.jobs or 2
         args.variants = ["inherit", "bf16"]  # what a CPU can compute
@@ -144,6 +157,8 @@ def worker(args: argparse.Namespace, data: Path, folder: Path, variant: str, see
     chosen = ["--data", str(data), "--worker", str(out), "--variant", variant, "--seed", str(seed)]
     for name in ("steps", "batch", "objective", "lr", "image_size", "patch", "hidden", "depth", "heads"):
         chosen += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    for name in ("seconds", "state"):
+        chosen += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
     done = subprocess.run(
         [sys.executable, __file__, *(["--smoke"] if args.smoke else []), *chosen],
         capture_output=True,
@@ -155,6 +170,8 @@ def worker(args: argparse.Namespace, data: Path, folder: Path, variant: str, see
     if done.returncode:
         return row | {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:300]}
     losses = torch.load(out, weights_only=True).double()
+    if len(losses) < args.steps:
+        return row | {"steps": len(losses)}
     last = losses[-max(1, args.steps // 10) :].mean().item()
     width = max(1, args.steps // POINTS)
     curve = losses[: len(losses) // width * width].view(-1, width).mean(1).tolist()
@@ -162,7 +179,7 @@ def worker(args: argparse.Namespace, data: Path, folder: Path, variant: str, see
 
 
 def train(args: argparse.Namespace, data: dict[str, Tensor]) -> Tensor:
-    """The loss of every step. Nothing waits for the device until the end."""
+    """The loss of every step that was taken. Nothing waits for the device until the end."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
     torch.manual_seed(args.seed)
     images, labels = (data[name].to(device) for name in ("images", "labels"))
@@ -183,16 +200,22 @@ def train(args: argparse.Namespace, data: dict[str, Tensor]) -> Tensor:
         opendit.accelerate(model, VARIANTS[args.variant], optimizer=optimizer)
         check_accelerated(model)
     torch.manual_seed(args.seed)  # whatever accelerate drew
-    losses = torch.zeros(args.steps, device=device)
-    for i in range(args.steps):
+    folder = args.state and args.state / f"{args.variant}_{args.seed}"
+    names = ("variant", "seed", "batch", "objective", "lr", "image_size", "patch", "hidden", "depth", "heads")
+    kept = Kept(folder, {name: getattr(args, name) for name in names}, model, optimizer)
+    losses = kept.go_on()
+    started, limit = time.perf_counter(), args.seconds if args.seconds is not None else float("inf")
+    while len(losses) < args.steps and (not losses or time.perf_counter() - started < limit):
         chosen = torch.randint(len(images), (args.batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = objective.loss(model, images[chosen], labels[chosen])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses[i] = loss.detach()
-    return losses.cpu()
+        losses.append(loss.detach())
+    found = torch.stack(losses).float().cpu()
+    kept.keep(found, time.perf_counter() - started)
+    return found
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -174,7 +174,8 @@ def explain(
     For a model that is not accelerated, it is what `accelerate` would do, given the same arguments; with `sp_size` > 1
     every process makes this call then.
     """
-    from opendit.plan import describe, plan_for
+    from opendit.describing import describe
+    from opendit.plan import plan_for
 
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: got {type(model).__name__}; allowed: a torch.nn.Module that is not scripted")

@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "opendit.api": {
         "opendit.attaching",
         "opendit.config",
+        "opendit.describing",
         "opendit.engines",
         "opendit.fastseq",
         "opendit.optim",
@@ -100,6 +101,14 @@ MAY_IMPORT = {
         "opendit.divided_optimizer",
         "opendit.fastseq.mesh",
         "opendit.optim",
+    },
+    "opendit.describing": {
+        "opendit.attention",
+        "opendit.kernels",
+        "opendit.patch.core",
+        "opendit.plan",
+        "opendit.stepping",
+        "opendit.wrapping",
     },
     "opendit.plan": {
         "opendit.attention",

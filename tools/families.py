@@ -17,9 +17,10 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from opendit.config import BoosterConfig  # noqa: E402
+from opendit.describing import grouped  # noqa: E402
 from opendit.patch.core import Plan  # noqa: E402
 from opendit.patch.registry import GENERIC, Family, builtin  # noqa: E402
-from opendit.plan import grouped, plan_for  # noqa: E402
+from opendit.plan import plan_for  # noqa: E402
 from tests.tiny_models import TINY, UserDiT, UserLatte, UserLightningDiT  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"

@@ -1,6 +1,7 @@
 """Loss alignment: facebookresearch/DiT's own model and diffusion, plain, and with opendit's lines added.
 
     python benchmarks/accuracy/alignment.py --upstream DiT --data cifar_0.safetensors cifar_1.safetensors --seconds 90
+    python benchmarks/accuracy/alignment.py --upstream DiT --data … --max-steps 5000 --seconds 400 --state runs
     python benchmarks/accuracy/alignment.py --upstream DiT --smoke          # a tiny model, a few steps on the CPU
 
 The loop is that of upstream's train.py: uniform timesteps, training_losses, AdamW at 1e-4 without decay, EMA parameter
@@ -14,17 +15,22 @@ by parameter; images take the place of latents. Runs are named PRECISION:VARIANT
 Each run is a process of its own; they share the device, so their speeds say nothing. Equal seeds give equal weights,
 batches, timesteps, noise and label drops. Runs of one precision are compared over the steps that all of them reached:
 differences of losses, smoothed over `--window` steps, relative to the plain run's.
+
+With `--state`, what `--seconds` end is kept there, and the same command goes on with it, as if nothing had been: 5000
+steps may take several calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,7 @@ import opendit
 from benchmarks.accuracy import cifar, files, upstream
 from benchmarks.accuracy.training import curve, hold_back, smoothed
 from benchmarks.common import RESULTS, write_results
+from benchmarks.resuming import Kept
 from opendit.patch import core
 
 PRECISIONS, VARIANTS = ("fp32", "tf32", "bf16"), ("plain", "again", "opendit", "fp8")
@@ -87,8 +94,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, required=True, help="a clone of facebookresearch/DiT")
     parser.add_argument("--data", type=Path, nargs="+", help="what prepare.py cifar wrote")
-    parser.add_argument("--seconds", type=float, default=90, help="of training, for every run")
-    parser.add_argument("--max-steps", type=int, help="end sooner, after so many steps")
+    parser.add_argument("--seconds", type=float, default=90, help="of training, for every run, in this call")
+    parser.add_argument("--max-steps", type=int, help="end sooner, after so many steps in all")
+    parser.add_argument("--state", type=Path, help="folder to keep runs in, from which the next call goes on")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), metavar="PRECISION:VARIANT")
     parser.add_argument("--model", default="DiT-B/2")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
@@ -123,6 +131,7 @@ def worker(args: argparse.Namespace, folder: Path, run: str) -> dict[str, Any]:
     chosen = ["--upstream", str(args.upstream), "--runs", run, "--worker", str(out)]
     chosen += ["--data", *map(str, args.data)] if args.data else []
     chosen += ["--max-steps", str(args.max_steps)] if args.max_steps else []
+    chosen += ["--state", str(args.state)] if args.state else []
     for name in ("seconds", "model", "size", "batch", "lr", "seed"):
         chosen += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(
@@ -152,7 +161,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     images = data["train"].to(device).float() / 127.5 - 1
     images = torch.nn.functional.interpolate(images, size=(args.size, args.size), mode="area")
     labels = data["train.labels"].to(device)
-    order = torch.Generator().manual_seed(args.seed)
 
     dit_models, create_diffusion = upstream.load(args.upstream)
     torch.manual_seed(args.seed)
@@ -167,14 +175,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     model.train()
     torch.manual_seed(args.seed + 1)  # from here on both draw the same
 
-    losses: list[Tensor] = []
+    folder = args.state and args.state / args.runs[0].replace(":", "_")
+    names = ("model", "size", "batch", "lr", "seed")
+    kept = Kept(folder, {"run": args.runs[0], **{n: getattr(args, n) for n in names}}, model, opt, ema)
+    losses = kept.go_on()
+    batches = itertools.islice(epochs(len(images), args.batch, args.seed), len(losses), None)
     queued: list[Any] = []
-    started, batches = time.perf_counter(), iter(())
+    started = time.perf_counter()
     while not losses or (time.perf_counter() - started < args.seconds and len(losses) != args.max_steps):
-        chosen = next(batches, None)
-        if chosen is None:  # the next epoch
-            batches = iter(torch.randperm(len(images), generator=order).split(args.batch)[: len(images) // args.batch])
-            continue
+        chosen = next(batches)
         x, y = images[chosen.to(device)], labels[chosen.to(device)]
         t = torch.randint(0, diffusion.num_timesteps, (x.shape[0],), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -188,8 +197,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.detach().float())
         hold_back(device, queued)
     found = torch.stack(losses).cpu()
+    seconds = kept.keep(found, time.perf_counter() - started)
     notes = sorted({what for _, what in core.notes(model)}) if variant in BOOSTERS else []
-    return {"losses": found, "seconds": time.perf_counter() - started, "notes": notes}
+    return {"losses": found, "seconds": seconds, "notes": notes}
+
+
+def epochs(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Numbers [batch] of the samples of every step; what does not fill a batch at the end of an epoch is left out."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=order).split(batch)[: count // batch]
 
 
 def compare(losses: dict[str, Tensor], window: int) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Checkpoints of training runs that survive kills, and weights in the formats of the world. docs/checkpoints.md."""
 
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from opendit.checkpoint.loading import Loaded, latest_checkpoint, load
+from opendit.checkpoint.finding import latest_checkpoint
+from opendit.checkpoint.loading import Loaded, load
 from opendit.checkpoint.saving import Saving, save, wait
 from opendit.checkpoint.weights import load_weights, save_weights
 

@@ -13,6 +13,7 @@ by one rename, the parent is flushed, and only then `latest` changes, by a renam
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ import shutil
 from pathlib import Path
 
 from opendit.checkpoint import jsonfile
-from opendit.checkpoint.errors import DamagedCheckpointError
+from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 
 logger = logging.getLogger("opendit")
 
@@ -65,13 +66,32 @@ def begin(folder: Path, step: int) -> tuple[Path, str]:
 
 
 def commit(temporary: Path, name: str) -> Path:
-    """Gives what lies in `temporary`, flushed file by file already, its name, and makes it the latest."""
+    """Gives what lies in `temporary`, flushed file by file already, its name, and makes it the latest.
+
+    Raises `CheckpointError` where it has its name, is whole, and could not be made the latest.
+    """
     folder, final = temporary.parent, temporary.parent / name
     flush(temporary)
     os.rename(temporary, final)
-    flush(folder)
-    replace(folder / LATEST, name.encode() + b"\n")
+    try:
+        flush(folder)
+        replace(folder / LATEST, name.encode() + b"\n")
+    except OSError as error:
+        raise CheckpointError(_named_only(final, error)) from error
     return final
+
+
+def _named_only(final: Path, error: OSError) -> str:
+    taken = None
+    with contextlib.suppress(OSError, CheckpointError):
+        taken = latest(final.parent)
+    what = f"{final}: was saved and is whole, but"
+    if taken == final.name:
+        return f"{what} the disk did not confirm its name, or that it is the latest ({error}); a crash may undo that"
+    return (
+        f"{what} {LATEST} could not be changed ({error}), so load({str(final.parent)!r}) takes {taken}; "
+        f"load({str(final)!r}) takes this one, and the next save that succeeds becomes the latest"
+    )
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from opendit import parallel
 from opendit.attached import attached
-from opendit.checkpoint import disk, jsonfile, manifest, randomness, together
+from opendit.checkpoint import jsonfile, manifest, randomness, together
 from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from opendit.checkpoint.finding import chosen, intact
 from opendit.checkpoint.inventory import WITH_STATE_DICT, Run
 from opendit.checkpoint.modules import OptimizerLoad, module_pieces
 from opendit.checkpoint.plain import decode
@@ -47,12 +48,6 @@ class Loaded:
     extra: Any
     config: Any
     path: Path
-
-
-def latest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that `load(path, …)` would take, or None where none was saved yet."""
-    name = disk.latest(Path(path))
-    return None if name is None else Path(path) / name
 
 
 def load(
@@ -89,8 +84,8 @@ def load(
     run = Run(model, optimizer, ema, scheduler, scaler, sampler)
     together.prepare()
     wait()
-    folder = _folder(Path(path))
-    content = _intact(folder)
+    folder = chosen(Path(path))
+    content = intact(folder)
     pending: _Pending | None = None
     problem: Exception | None = None
     try:
@@ -124,71 +119,6 @@ def load(
     together.everyones(None, problem)
     assert loaded is not None
     return loaded
-
-
-def _folder(path: Path) -> Path:
-    """The one checkpoint to load, as rank 0 sees it."""
-    found: Path | None = None
-    problem: Exception | None = None
-    try:
-        if together.rank() == 0:
-            if (path / ".metadata").exists():
-                raise DamagedCheckpointError(
-                    f"{path}: holds a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle and runs "
-                    "code when it is read; allowed: checkpoints of opendit.save"
-                )
-            found = path if os.path.lexists(path / manifest.NAME) else latest_checkpoint(path)
-            if found is None:
-                raise CheckpointError(f"path: {path} holds no checkpoint; allowed: a folder that opendit.save wrote to")
-    except DamagedCheckpointError as error:
-        problem = _with_intact(error, path, None)
-    except Exception as error:
-        problem = error
-    chosen = together.everyones(found, problem)[0]
-    assert chosen is not None
-    return chosen
-
-
-def _intact(folder: Path) -> dict[str, Any]:
-    """The manifest, once all files were found to be what it says; each process reads its share of them."""
-    content: dict[str, Any] = {}
-    problem: Exception | None = None
-    try:
-        content = manifest.read(folder)
-        manifest.check_files(folder, content, sorted(content["files"])[together.rank() :: together.size()])
-    except DamagedCheckpointError as error:
-        problem = _with_intact(error, folder.parent, folder.name)
-    except Exception as error:
-        problem = error
-    together.everyones(None, problem)
-    return content
-
-
-def _with_intact(error: DamagedCheckpointError, folder: Path, damaged: str | None) -> DamagedCheckpointError:
-    """The error, with the newest checkpoint of `folder` before `damaged` that is intact.
-
-    Raises nothing: other processes wait for this one to tell what is wrong.
-    """
-    try:
-        names = disk.names(folder) if folder.is_dir() else []
-    except OSError:
-        names = []
-    earlier = names[: names.index(damaged)] if damaged in names else [n for n in names if n != damaged]
-    intact = None
-    for name in reversed(earlier):
-        try:
-            content = manifest.read(folder / name)
-            manifest.check_files(folder / name, content, sorted(content["files"]))
-        except Exception:  # whatever is wrong with it
-            continue
-        intact = name
-        break
-    advice = (
-        f"the newest intact checkpoint before it is {folder / intact}" if intact else "there is no intact one before it"
-    )
-    found = DamagedCheckpointError(f"{error}. Nothing was loaded; {advice}")
-    found.intact = intact
-    return found
 
 
 class _Pending:

@@ -24,7 +24,7 @@ from opendit.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from opendit.checkpoint.inventory import check_finite
 from opendit.checkpoint.modules import module_pieces
 from opendit.checkpoint.saving import wait
-from opendit.checkpoint.shards import open_file, save_file
+from opendit.checkpoint.shards import check_dtypes, open_file, save_file
 from opendit.wrapping import unwrap
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -84,7 +84,7 @@ def save_weights(
 
     A `.pt` is the one kind of file in which torch keeps a pickle, of names and tensors; prefer the others.
 
-    Raises `CheckpointError` for weights that are not finite, or can't be written.
+    Raises `CheckpointError` for weights that are not finite, in a dtype that `save` refuses too, or can't be written.
     """
     path = Path(path)
     kind = path.suffix if path.suffix in (".safetensors", ".pt", ".pth") else ""
@@ -114,6 +114,7 @@ def _write(
 ) -> None:
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for kind_of, values in (("model", weights), ("ema", averages or {})):
+        check_dtypes({f"{kind_of}/{name}": value.dtype for name, value in values.items()})
         check_finite({f"{kind_of}/{name}": value for name, value in values.items() if name not in buffers})
     if kind == ".safetensors":
         _in_one_step(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))

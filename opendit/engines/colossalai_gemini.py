@@ -26,7 +26,7 @@ from opendit import optim
 from opendit.config import OptimizerFactory
 from opendit.divided import Divided
 from opendit.divided_optimizer import DividedOptimizer, Share
-from opendit.engines.colossalai import (
+from opendit.engines.colossalai_shared import (
     Plugin,
     alike,
     check_optimizer,

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from opendit.fastseq.collectives import gather_heads
 from opendit.fastseq.shards import evenly
+from opendit.patch.diffusers_parts import ATTENTION, comes_as
 from opendit.patch.planner import Planner
-from opendit.patch.probe import StandIn, reads_low_precision
+from opendit.patch.probe import Inputs, StandIn, reads_low_precision
 from opendit.patch.rotated import of_part, turned
 from opendit.patch.spread import SpreadAttention
 
@@ -111,3 +112,38 @@ def read_low_precision(planner: Planner, attn: nn.Module, width: int, *others: n
 
 def _jointly(attn: nn.Module, width: int) -> bool:
     return reads_low_precision(_OnOne(attn), width)
+
+
+def plan_joint_attention(
+    planner: Planner, name: str, attn: Any, mixin: type[SpreadJointAttention], processor: str, *, masked: bool
+) -> None:
+    """Offers `mixin` to diffusers' Attention of a video and a text, as `processor` computes it.
+
+    It is compared with positions of the video, and without; masked: the first time with a mask of the text, too.
+    """
+    if not comes_as(planner, name, attn, ATTENTION, processor):
+        return
+    width, K = attn.to_q.weight.shape[1], attn.to_q.weight.shape[0] // attn.heads
+
+    def inputs(length: int, text: int, first: bool) -> Inputs:
+        def make(dtype: torch.dtype) -> tuple[Any, ...]:
+            tables = tuple(torch.randn(length, K, dtype=dtype) for _ in range(2))
+            mask = torch.arange(length + text) < torch.tensor([length + text, length + 1])[:, None]
+            sequences = (torch.randn(2, n, width, dtype=dtype) for n in (length, text))
+            masks = (mask[:, None, None] if first else None,) if masked else ()
+            return *sequences, *masks, {"image_rotary_emb": tables if first else None}
+
+        return make
+
+    dispatched = planner.offer(
+        name,
+        attn,
+        mixin,
+        f"q, k, v of video and text together{', and their mask,' if masked else ''} go to the chosen attention backend",
+        [inputs(5, 3, True), inputs(130, 4, False)],
+        keep_doubles=True,
+    )
+    if dispatched:
+        planner.keep(
+            name, "its norms, and rotation if any, run as torch's operations; under torch.compile they are fused"
+        )

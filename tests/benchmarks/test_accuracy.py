@@ -15,7 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.accuracy import alignment, cifar, classifier, files, page, prepare, resnet, text_to_image, text_to_video
+from benchmarks.accuracy import (
+    alignment,
+    cifar,
+    classifier,
+    files,
+    page,
+    prepare,
+    resnet,
+    text_to_image,
+    text_to_video,
+    upstream,
+)
 from benchmarks.accuracy import training as accuracy
 from benchmarks.accuracy.training import START_UP, Trainer, Way, train
 from benchmarks.records import load
@@ -288,13 +299,18 @@ UPSTREAM = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def clone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clone")
+    for name, text in UPSTREAM.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, clone) -> Path:
     """The folder that all four leave their files in."""
     out = tmp_path_factory.mktemp("results")
-    clone = tmp_path_factory.mktemp("clone")
-    for name, text in UPSTREAM.items():
-        (clone / name).parent.mkdir(exist_ok=True)
-        (clone / name).write_text(textwrap.dedent(text))
     with pytest.MonkeyPatch.context() as patch:
         smoke(patch, cifar, out, "--variants", "published", "opendit")
         smoke(patch, alignment, out, "--upstream", clone, "--runs", "fp32:plain", "fp32:opendit")
@@ -334,6 +350,40 @@ def test_alignment_run(runs):
     assert found["layers"] == "stand-ins for timm's"
     assert found["command"].startswith("python benchmarks/accuracy/")
     assert "/" not in found["command"].partition("accuracy/")[2]
+
+
+@pytest.mark.parametrize("run", ["fp32:plain", "fp32:opendit"])
+def test_an_alignment_that_was_cut_goes_on_to_the_bit(run, clone, tmp_path, monkeypatch):
+    images = torch.randint(256, (6, 3, 32, 32)).byte()  # an epoch has three batches
+    monkeypatch.setattr(cifar, "invented", lambda seed: {"train": images, "train.labels": torch.arange(6)})
+    monkeypatch.setattr(sys, "path", list(sys.path))  # load changes both
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("timm", "models", "diffusion")]:
+            patch.delitem(sys.modules, name)
+        loaded = upstream.load(clone)
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("timm", "models", "diffusion")]:
+            del sys.modules[name]
+    monkeypatch.setattr(upstream, "load", lambda clone: loaded)
+
+    def trained(state: str, steps: int, *more: str):
+        options = ["--smoke", "--upstream", str(clone), "--runs", run, "--state", str(tmp_path / state), *more]
+        monkeypatch.setattr(sys, "argv", ["alignment.py", *options])
+        args = alignment.parse()
+        args.max_steps = steps
+        return alignment.train(args)["losses"]
+
+    whole = trained("whole", 5)
+    assert [len(trained("cut", 2)), len(trained("cut", 4))] == [2, 4]
+    assert torch.equal(trained("cut", 5), whole)
+    assert torch.equal(trained("cut", 5), whole)  # nothing is left to do
+    ends = [next((tmp_path / state).glob("*/step-*")) for state in ("whole", "cut")]
+    assert [end.name for end in ends] == ["step-00000005"] * 2  # the others are gone
+    shards = [load_file(next(end.glob("shard-*"))) for end in ends]
+    assert shards[0].keys() == shards[1].keys()
+    assert len(shards[0]) > 100  # parameters, the average, moments
+    assert all(torch.equal(value, shards[1][name]) for name, value in shards[0].items())
+    with pytest.raises(ValueError, match=r"state: .* holds a run with \{'lr': 0.0001\}; allowed: .*'lr': 0.1"):
+        trained("cut", 6, "--lr", "0.1")
 
 
 def test_alignment_finds_what_differs():

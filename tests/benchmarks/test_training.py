@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +177,24 @@ def test_loss_curves_differ_by_arithmetic_alone(monkeypatch):
     for variant in ("inherit", "bf16"):
         torch.testing.assert_close(curves[variant, 0], curves["autocast", 0], rtol=2e-3, atol=0)
     assert not torch.allclose(curves["bf16", 1], curves["bf16", 0], rtol=2e-2)
+
+
+@on_cpu
+def test_loss_curves_that_were_cut_go_on_to_the_bit(monkeypatch, tmp_path):
+    data = {"images": torch.randint(256, (20, 1, 8, 8)).byte(), "labels": torch.arange(20) % 10}
+
+    def trained(*more: str) -> torch.Tensor:
+        monkeypatch.setattr(sys, "argv", ["", "--smoke", "--variant", "bf16", "--seed", "0", *more])
+        return loss_curves.train(loss_curves.parse(), data)
+
+    whole = trained()
+    state = ("--state", str(tmp_path))
+    monkeypatch.setattr(loss_curves, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    first = trained(*state, "--seconds", "3")  # of a clock that ticks once a look
+    assert 1 < len(first) < len(whole) == 6
+    assert torch.equal(trained(*state, "--seconds", "100"), whole)
+    with pytest.raises(SystemExit):
+        trained("--seconds", "3")
 
 
 def test_the_verdict_on_loss_curves():

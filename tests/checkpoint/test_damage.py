@@ -333,6 +333,39 @@ def test_keep(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.tmp-0123456789abcdef", "step-00000012"]
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("when", ["before latest", "latest", "after latest"])
+def test_a_disk_that_fails_once_the_checkpoint_is_whole_is_told_so(tmp_path, monkeypatch, when, background):
+    model = torch.nn.Linear(2, 2)
+    opendit.save(tmp_path, model, step=1)
+    owner, name = (disk.os, "rename") if when == "latest" else (disk, "flush")
+    real, calls = getattr(owner, name), []
+
+    def failing(*args):
+        calls.append(args)
+        folders = [given for given in calls if given == (tmp_path,)]
+        if str(args[-1]).endswith("/latest") or len(folders) == {"before latest": 1, "after latest": 2}.get(when):
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(
+            opendit.CheckpointError, match=r"step-00000002: was saved and is whole, but .*Errno 5"
+        ) as said:
+            opendit.save(tmp_path, model, step=2, background=background).wait()
+    assert disk.names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert opendit.load(tmp_path / "step-00000002", model).step == 2
+    if when == "after latest":
+        assert "a crash may undo that" in str(said.value)
+        assert opendit.load(tmp_path, model).step == 2
+    else:
+        assert f"so load({str(tmp_path)!r}) takes step-00000001; load('{tmp_path}/step-00000002') takes" in str(
+            said.value
+        )
+        assert opendit.load(tmp_path, model).step == 1
+
+
 @pytest.mark.parametrize("what", ["rename", "rmtree"])
 @pytest.mark.parametrize("background", [False, True])
 def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog, what, background):

@@ -7,6 +7,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,21 @@ def test_a_state_dict_of_tied_and_transposed_weights(tmp_path):
         opendit.save_weights(tmp_path / "a.safetensors", model, state={"a": 1})
 
 
-def test_a_dtype_that_safetensors_has_no_name_for(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_dtypes_are_those_that_save_allows(tmp_path, dtype, name):
+    model = _dit(1)
+    model.register_buffer("odd", torch.zeros(3).to(dtype))
+    for call in (partial(opendit.save_weights, tmp_path / name), partial(opendit.save, tmp_path / "run", step=0)):
+        with pytest.raises(opendit.CheckpointError, match=f"model/odd is {dtype}; allowed in a checkpoint: float64, "):
+            call(model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_an_older_safetensors_has_no_name_for(tmp_path, monkeypatch):
+    from opendit.checkpoint import weights
+
+    monkeypatch.setattr(weights, "check_dtypes", lambda values: None)
     model = _dit(1)
     model.register_buffer("odd", torch.zeros(3, dtype=torch.complex128))
     with pytest.raises(opendit.CheckpointError, match=r"odd: safetensors .* can't write torch\.complex128"):

@@ -16,6 +16,7 @@ import torch
 import opendit
 from opendit.engines import colossalai as adapter
 from opendit.engines import colossalai_gemini as gemini_adapter
+from opendit.engines import colossalai_shared as shared
 from tests.engines import on_colossalai
 from tests.engines.training import check
 from tests.launch import of_every_rank
@@ -172,9 +173,9 @@ def not_imported(monkeypatch: pytest.MonkeyPatch):
     """As if nothing had imported ColossalAI yet."""
     for name in [n for n in sys.modules if n.split(".")[0] == "colossalai"]:
         monkeypatch.delitem(sys.modules, name)
-    adapter.colossalai.cache_clear()
+    shared.colossalai.cache_clear()
     yield monkeypatch
-    adapter.colossalai.cache_clear()
+    shared.colossalai.cache_clear()
 
 
 def _accelerate(plugin: str) -> None:
@@ -194,15 +195,15 @@ def test_where_it_is_missing_the_error_has_the_line_that_installs_it(plugin: str
     not_imported.setitem(sys.modules, "colossalai", None)
     with pytest.raises(ImportError, match=r"engine: got 'colossalai'.*Install it with: ") as raised:
         _accelerate(plugin)
-    assert adapter.INSTALL in str(raised.value)
+    assert shared.INSTALL in str(raised.value)
 
 
 def test_a_missing_package_that_it_needs_is_named(not_imported):
     not_imported.setitem(sys.modules, "colossalai", _package("0.5.0"))
     not_imported.setitem(sys.modules, "colossalai.accelerator", None)
     with pytest.raises(ImportError, match=r"colossalai\.accelerator\S* is missing") as raised:
-        adapter.colossalai()
-    assert adapter.INSTALL in str(raised.value)
+        shared.colossalai()
+    assert shared.INSTALL in str(raised.value)
 
 
 def test_another_version_is_refused(not_imported):
@@ -211,8 +212,8 @@ def test_another_version_is_refused(not_imported):
         not_imported.setitem(sys.modules, f"colossalai.{name}", types.ModuleType(name))
     not_imported.setitem(sys.modules, "colossalai", package)
     with pytest.raises(ImportError, match=r"found ColossalAI 0\.3\.8; allowed: 0\.5\.0") as raised:
-        adapter.colossalai()
-    assert adapter.INSTALL in str(raised.value)
+        shared.colossalai()
+    assert shared.INSTALL in str(raised.value)
 
 
 def test_an_incompatible_one_is_an_error_of_the_same_kind(not_imported, tmp_path):
@@ -220,8 +221,8 @@ def test_an_incompatible_one_is_an_error_of_the_same_kind(not_imported, tmp_path
     (tmp_path / "colossalai" / "__init__.py").write_text("import torch\ntorch.no_such_thing\n")
     not_imported.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match=r"AttributeError.*no_such_thing") as raised:
-        adapter.colossalai()
-    assert adapter.INSTALL in str(raised.value)
+        shared.colossalai()
+    assert shared.INSTALL in str(raised.value)
 
 
 def _package(version: str) -> types.ModuleType:
@@ -233,9 +234,9 @@ def _package(version: str) -> types.ModuleType:
 
 def test_the_install_line_and_the_requirements_agree():
     lines = [line for line in (ROOT / "requirements-colossalai.txt").read_text().splitlines() if line[:1] not in "#"]
-    assert lines == [f"colossalai=={adapter.VERSION}"]
-    assert lines[0] in adapter.INSTALL
-    assert adapter.INSTALL in (ROOT / "docs" / "engines.md").read_text()
+    assert lines == [f"colossalai=={shared.VERSION}"]
+    assert lines[0] in shared.INSTALL
+    assert shared.INSTALL in (ROOT / "docs" / "engines.md").read_text()
 
 
 def test_its_loading_is_never_called():

@@ -14,6 +14,7 @@ import opendit
 from opendit.engines import Setup
 from opendit.engines import colossalai as adapter
 from opendit.engines import colossalai_gemini as gemini
+from opendit.engines import colossalai_shared as shared
 from opendit.fastseq import mesh
 from tests.comparing import build
 from tests.stepping_cases import loss_of
@@ -137,7 +138,7 @@ def test_a_refused_optimizer_keeps_its_groups():
     model[0].bias.requires_grad_(False)
     model[1].requires_grad_(False)
     optimizer = torch.optim.SGD([{"params": m.parameters()} for m in model], lr=0.1)
-    for refused in (adapter.trained_groups, lambda o: adapter.check_optimizer("zero1", model, o)):
+    for refused in (shared.trained_groups, lambda o: shared.check_optimizer("zero1", model, o)):
         with pytest.raises(ValueError, match="its group 1 holds no parameter that needs gradients"):
             refused(optimizer)
         assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]

@@ -112,29 +112,6 @@ def test_arguments_for_attention_are_left_to_upstream():
     assert "a mask or other arguments were given" in explained(fast)
 
 
-class Doubling:
-    def __call__(self, attn, *args, **kwargs):
-        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-
-        out = FluxAttnProcessor()(attn, *args, **kwargs)
-        return tuple(2 * y for y in out) if isinstance(out, tuple) else 2 * out
-
-
-def test_set_attn_processor():
-    model = build(FLUX, F64)
-    fast, before = opendit.accelerate(twin(model)), twin(model)
-    healthy = results(model)
-    model.set_attn_processor(Doubling())
-    expected = results(model)
-    assert (expected[0] - healthy[0]).abs().max() > 1e-3
-    before.set_attn_processor(Doubling())
-    alike(results(opendit.accelerate(before)), expected)
-    assert "its processor is Doubling" in explained(before)
-    fast.set_attn_processor(Doubling())
-    alike(results(fast), expected)
-    assert "its processor is now Doubling" in explained(fast)
-
-
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_fuse_qkv_projections(order):
     model = build(FLUX, F64)
@@ -158,18 +135,10 @@ def test_fuse_qkv_projections(order):
         torch.testing.assert_close(fast(x, **more).sample, plain, rtol=1e-10, atol=1e-10)
 
 
-def test_a_backend_chosen_in_diffusers_is_honoured():
+def test_a_backend_chosen_in_diffusers_before_is_honoured():
     from diffusers import attention_backend
 
-    model = build(FLUX, F64)
-    fast = opendit.accelerate(twin(model))
-    expected = results(model)
-    alike(results(fast), expected)
-    assert "diffusers was told" not in explained(fast)
-    with attention_backend("_native_math"):
-        alike(results(fast), expected)
-    assert "diffusers was told an attention backend" in explained(fast)
-    before = twin(model)
+    before = build(FLUX, F64)
     with attention_backend("native"):  # the call below changes it for every model, and this changes it back
         before.set_attention_backend("_native_math")
         said = explained(opendit.accelerate(before))
@@ -210,18 +179,6 @@ def test_large_values_stay_finite_in_half_precision():
     told = e.abs() < 65504
     assert told.sum() > 100
     torch.testing.assert_close(a[told], e[told], rtol=2e-2, atol=64)
-
-
-def test_blocks_in_parts_are_checkpointed():
-    model = build(FLUX, F64)
-    fast = opendit.accelerate(twin(model), {"activation_checkpointing": "full"})
-    error, name = worst(run(fast, FLUX), run(model, FLUX))
-    assert error <= 1e-10, name
-    calls = []
-    for block in (fast.transformer_blocks[0], fast.single_transformer_blocks[0]):
-        block.attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    run(fast, FLUX)
-    assert len(calls) == 4, "the blocks' forwards were not computed again"
 
 
 MUTANTS = {

@@ -59,29 +59,6 @@ def test_a_first_frame_that_is_replaced_cannot_be_spread():
         plan_spread(planner, model, family)
 
 
-def test_what_diffusers_is_told_about_attention_is_honoured():
-    model = build(HUNYUAN, F64)
-    fast = opendit.accelerate(twin(model))
-    fast.set_attention_backend("native")
-    error, name = worst(run(fast, HUNYUAN), run(model, HUNYUAN))
-    assert error <= 1e-10, name
-    assert "diffusers was told an attention backend" in explained(fast)
-
-
-def test_a_backend_that_is_active_in_diffusers_is_honoured():
-    from diffusers import attention_backend
-
-    model = build(HUNYUAN, F64)
-    fast = opendit.accelerate(twin(model))
-    expected = run(model, HUNYUAN)
-    run(fast, HUNYUAN)
-    assert "diffusers was told" not in explained(fast)
-    with attention_backend("_native_math"):
-        error, name = worst(run(fast, HUNYUAN), expected)
-    assert error <= 1e-10, name
-    assert "diffusers was told an attention backend" in explained(fast)
-
-
 def test_hooks_inside_blocks_are_called():
     model = build(HUNYUAN, F64)
     fast = opendit.accelerate(twin(model))
@@ -113,10 +90,3 @@ def test_norms_of_ones_own_put_in_later_are_honoured():
     error, name = worst(run(fast, HUNYUAN), run(model, HUNYUAN))
     assert error <= 1e-10, name
     assert "something was put on or in place of its norms" in explained(fast)
-
-
-def test_blocks_are_checkpointed():
-    model = build(HUNYUAN, F64)
-    fast = opendit.accelerate(twin(model), {"activation_checkpointing": "full"})
-    error, name = worst(run(fast, HUNYUAN), run(model, HUNYUAN))
-    assert error <= 1e-10, name

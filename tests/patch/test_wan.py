@@ -99,30 +99,6 @@ def test_weights_as_its_pipelines_load_them():
     assert sorted(ours)[1] <= 1.2 * sorted(theirs)[1]
 
 
-def test_what_diffusers_is_told_about_attention_is_honoured():
-    model = build(WAN, F64)
-    expected = run(model, WAN)
-    fast = opendit.accelerate(twin(model))
-    fast.set_attention_backend("native")
-    error, name = worst(run(fast, WAN), expected)
-    assert error <= 1e-10, name
-    assert "diffusers was told an attention backend" in explained(fast)
-
-
-def test_a_backend_that_is_active_in_diffusers_is_honoured():
-    from diffusers import attention_backend
-
-    model = build(WAN, F64)
-    fast = opendit.accelerate(twin(model))
-    expected = run(model, WAN)
-    run(fast, WAN)
-    assert "diffusers was told" not in explained(fast)
-    with attention_backend("_native_math"):
-        error, name = worst(run(fast, WAN), expected)
-    assert error <= 1e-10, name
-    assert "diffusers was told an attention backend" in explained(fast)
-
-
 def test_fused_projections_are_upstreams():
     model = build(WAN, F64)
     fast = opendit.accelerate(twin(model))
@@ -150,13 +126,9 @@ def test_a_hook_on_a_norm_is_called():
     assert "something was put on or in place of its norms" in explained(fast)
 
 
-def test_blocks_are_checkpointed_and_not_whole():
-    model = build(WAN, F64)
-    fast = opendit.accelerate(twin(model), {"activation_checkpointing": "full"})
-    error, name = worst(run(fast, WAN), run(model, WAN))
-    assert error <= 1e-10, name
+def test_blocks_are_not_whole():
     with pytest.raises(ValueError, match=r"fusion: got 'block'; allowed here: 'auto', 'adaln'"):
-        opendit.accelerate(model, {"fusion": "block"})
+        opendit.accelerate(build(WAN), {"fusion": "block"})
 
 
 def test_verify_certifies_it():

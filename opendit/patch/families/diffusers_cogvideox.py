@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from opendit.kernels.gate_residual import gate_residual
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
-from opendit.patch.diffusers_parts import ATTENTION, comes_as, is_class, path, plan_feed_forward
-from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
+from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward
+from opendit.patch.joint import JointStandIn, SpreadJointAttention, plan_joint_attention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
@@ -147,7 +147,7 @@ def plan(model: Any, planner: Planner) -> None:
             planner.keep(name, f"it is a {path(type(block))}, not {_BLOCK}")
             continue
         _plan_block(planner, name, block)
-        _plan_attention(planner, f"{name}.attn1", block.attn1)
+        plan_joint_attention(planner, f"{name}.attn1", block.attn1, JointAttention, _PROCESSOR, masked=False)
         plan_feed_forward(planner, f"{name}.ff", block.ff)
 
 
@@ -177,33 +177,6 @@ def _plan_block(planner: Planner, name: str, block: Any) -> None:
     )
     if fused:
         planner.keep(name, "in parts, not one function: two sequences with a modulation each")
-
-
-def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
-    if not comes_as(planner, name, attn, ATTENTION, _PROCESSOR):
-        return
-    width, K = attn.to_q.weight.shape[1], attn.to_q.weight.shape[0] // attn.heads
-
-    def inputs(length: int, text: int, positions: bool) -> Inputs:
-        def make(dtype: torch.dtype) -> tuple[Any, ...]:
-            tables = tuple(torch.randn(length, K, dtype=dtype) for _ in range(2))
-            sequences = (torch.randn(2, n, width, dtype=dtype) for n in (length, text))
-            return (*sequences, {"image_rotary_emb": tables if positions else None})
-
-        return make
-
-    dispatched = planner.offer(
-        name,
-        attn,
-        JointAttention,
-        "q, k, v of text and video together go to the chosen attention backend",
-        [inputs(5, 3, True), inputs(130, 4, False)],
-        keep_doubles=True,
-    )
-    if dispatched:
-        planner.keep(
-            name, "its norms, and rotation if any, run as torch's operations; under torch.compile they are fused"
-        )
 
 
 def _tokens(model: Any) -> int:

@@ -31,8 +31,8 @@ from opendit.kernels.gate_residual import gate_residual
 from opendit.kernels.gelu import gelu
 from opendit.patch.adaln import BLOCK_KERNELS, FusedAdaLN
 from opendit.patch.core import autocast_dtype, hooked, untouched
-from opendit.patch.diffusers_parts import ATTENTION, comes_as, is_class, path, plan_feed_forward, told_how
-from opendit.patch.joint import JointStandIn, SpreadJointAttention, read_low_precision
+from opendit.patch.diffusers_parts import is_class, path, plan_feed_forward, told_how
+from opendit.patch.joint import JointStandIn, SpreadJointAttention, plan_joint_attention, read_low_precision
 from opendit.patch.planner import Planner, has, plain_layernorm
 from opendit.patch.probe import Inputs, StandIn
 from opendit.patch.registry import Family, Spread, Trait
@@ -252,7 +252,7 @@ def plan(model: Any, planner: Planner) -> None:
             else:
                 planner.keep(name, f"it is a {kind}, neither {_DOUBLE} nor {_SINGLE}")
                 continue
-            _plan_attention(planner, f"{name}.attn", block.attn)
+            plan_joint_attention(planner, f"{name}.attn", block.attn, JointAttention, _PROCESSOR, masked=True)
             for part in ("ff", "ff_context"):
                 if hasattr(block, part):
                     plan_feed_forward(planner, f"{name}.{part}", getattr(block, part))
@@ -308,33 +308,6 @@ def _inputs(length: int, text: int, width: int) -> Inputs:
         return *(torch.randn(2, n, width, dtype=dtype) for n in (length, text)), torch.randn(2, width, dtype=dtype)
 
     return make
-
-
-def _plan_attention(planner: Planner, name: str, attn: Any) -> None:
-    if not comes_as(planner, name, attn, ATTENTION, _PROCESSOR):
-        return
-    width, K = attn.to_q.weight.shape[1], attn.to_q.weight.shape[0] // attn.heads
-
-    def inputs(length: int, text: int, masked: bool) -> Inputs:
-        def make(dtype: torch.dtype) -> tuple[Any, ...]:
-            tables = tuple(torch.randn(length, K, dtype=dtype) for _ in range(2))
-            mask = torch.arange(length + text) < torch.tensor([length + text, length + 1])[:, None]
-            sequences = (torch.randn(2, n, width, dtype=dtype) for n in (length, text))
-            options = {"image_rotary_emb": tables if masked else None}
-            return *sequences, mask[:, None, None] if masked else None, options
-
-        return make
-
-    dispatched = planner.offer(
-        name,
-        attn,
-        JointAttention,
-        "q, k, v of video and text together, and their mask, go to the chosen attention backend",
-        [inputs(5, 3, True), inputs(130, 4, False)],
-        keep_doubles=True,
-    )
-    if dispatched:
-        planner.keep(name, "its norms and rotation run as torch's operations; under torch.compile they are fused")
 
 
 FAMILY = Family(
