@@ -147,7 +147,7 @@ MUTANTS = {
         RMS,
     ),
     "sums of q and k mixed up": ("_store_sums(part + 2 * K, k1_a", "_store_sums(part + 2 * K, q1_a", RMS),
-    "bias for weight": ("return tl.sum(g_a * n_a, 0)", "return tl.sum(g_a, 0)", RMS),
+    "bias for weight": ("return g_a * n_a, g_b", "return g_a, g_b", RMS),
     "halves overlap": ("K // 2 + column, downcast(b", "K // 2 - column, downcast(b", case(None, False, True)),
     "heads as tokens": ("q_at = b * q_stride_b + token * q_stride_l", "q_at = b * q_stride_b + head * q_stride_l", RMS),
     "one row of the table for all": ("_load_pairs(cos_ptr, token * K", "_load_pairs(cos_ptr, token * 0", NONE),
@@ -168,3 +168,24 @@ def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(sound.SPEC, of, torch.device("cpu"))
     with pytest.raises(AssertionError, match="is off by"):
         check(sound.SPEC, of, torch.device("cpu"), fn=module.qk_norm_rope)
+
+
+def test_what_is_compiled_for_training_is_left_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By "auto", where it would be Triton; by name, and without gradients, the kernels are traced."""
+    q, k = torch.randn(2, 2, 5, 3, 8).requires_grad_().unbind(0)
+    traced = []
+
+    def operator(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        traced.append(inputs)
+        return inputs[0], inputs[1]
+
+    monkeypatch.setattr(sound, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(sound, "forward_op", operator)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    expected = sound.qk_norm_rope_reference(q, k)
+    assert all(map(torch.equal, sound.qk_norm_rope(q, k), expected))
+    assert not traced
+    sound.qk_norm_rope(q, k, backend="triton")
+    with torch.no_grad():
+        sound.qk_norm_rope(q, k)
+    assert len(traced) == 2

@@ -139,7 +139,11 @@ def test_a_residual_of_another_dtype_than_its_gate(device: torch.device) -> None
             in_turn = gating.fn(kw["x"], kw["y"], kw["gate"], **options)
             affine = {name: kw[name] for name in ("shift", "scale", "weight", "bias")}
             in_turn = in_turn, SPECS["layernorm_modulate"].fn(in_turn, **affine, out_dtype=F32, backend=backend)
-            assert all(torch.equal(a, b) for a, b in zip(outputs, in_turn, strict=True))
+            for one, two in zip(outputs, in_turn, strict=True):
+                if backend == "triton" and device.type == "cuda":  # two launches need not sum in one order
+                    assert relative_error(one, two.double()) <= TOLERANCE[asked]
+                else:
+                    assert torch.equal(one, two)
             ones = [torch.ones_like(o) for o in outputs]
             found[backend] = gradients(outputs, kw, ones)
             for name, expected in gradients(in_turn, kw, ones).items():
