@@ -8,23 +8,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.records import Record, Row, newest
+from benchmarks.records import Record, Row, newest, of_kernels
 from benchmarks.tables import NOTHING, Link, chart, markdown, number, sources
 
 
 def kernels(records: Sequence[Record], link: Link) -> str:
     """Milliseconds, the share of a large copy's speed, and the speed against torch.compile of the plain formula."""
-    chosen = newest(records, "kernels")[-1:]
+    measured, chosen = of_kernels(records)
     if not chosen:
         return ""
-    shapes = list(dict.fromkeys(tuple(row["B_L_D"]) for row in chosen[0].rows))
+    shapes = list(dict.fromkeys(tuple(row["B_L_D"]) for row in measured))
     cases: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Row]]] = {}
-    for row in chosen[0].rows:
+    for row in measured:
         case = cases.setdefault((row["kernel"], row["direction"], row["residual"]), {})
         case.setdefault(tuple(row["B_L_D"]), {})[row["contender"]] = row
     head = ["kernel", "pass", "residual", *(f"[{B}, {L}]" for B, L, _ in shapes)]
     rows = [[f"`{k}`", d, r, *(_kernel_cell(found[s]) for s in shapes)] for (k, d, r), found in cases.items()]
-    copy = f"{chosen[0].data['copy_tb_per_s']:.2f} TB/s"
+    copy = ", ".join(f"{record.data['copy_tb_per_s']:.2f}" for record in chosen) + " TB/s"
     return f"A large copy: {copy}.\n\n" + markdown(head, rows, 3) + "\n" + sources(chosen, link)
 
 

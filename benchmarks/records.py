@@ -43,6 +43,8 @@ LABELS = {
     "opendit fp8": '`"train"` with `precision="fp8"`',
     "opendit fp8, bf16 residual": '`"train"` with `precision="fp8"`, `residual="bf16"`',
 }
+OPT_IN = ("opendit fp8", "opendit fp8, bf16 residual")
+"""Another arithmetic, no rung of the ladder."""
 SAMPLING_LABELS = {
     "torch.compile": "`torch.compile`",
     "torch.compile CUDA graphs": '`torch.compile(mode="reduce-overhead")`',
@@ -120,6 +122,20 @@ def newest(records: Sequence[Record], theme: str) -> list[Record]:
             if old is None or record.complete or not old.complete:
                 best[record.configuration] = record
     return sorted(best.values(), key=_order)
+
+
+def of_kernels(records: Sequence[Record]) -> tuple[list[Row], list[Record]]:
+    """(the newest rows of each kernel on the GPU that was measured last, the records that they are from)."""
+    found = [record for record in records if record.theme == "kernels" and record.rows]
+    by_kernel = {row["kernel"]: record for record in found if record.gpu == found[-1].gpu for row in record.rows}
+    rows = [row for name in sorted(by_kernel) for row in by_kernel[name].rows if row["kernel"] == name]
+    return rows, [record for record in found if record in by_kernel.values()]
+
+
+def left_out(record: Record) -> set[str]:
+    """The variants of an ablation's record that are no rungs: "opendit" is "+ CUDA graphs", where that was measured."""
+    same = {"opendit"} if any(row["variant"] == "+ CUDA graphs" for row in record.rows) else set()
+    return {"opendit compiled", "as published", *OPT_IN} | same
 
 
 def _order(record: Record) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.records import OLD_LABELS, Record, Row, baseline, newest, ratio, recipe
+from benchmarks.records import OLD_LABELS, Record, Row, baseline, left_out, newest, ratio, recipe
 
 Link = Callable[[Record], str]
 NOTHING = "–"
@@ -148,7 +148,7 @@ def ablation(records: Sequence[Record], link: Link) -> str:
     for record in chosen:
         before: Row | None = None
         for row in record.rows:
-            if row["variant"] in ("opendit", "opendit compiled", "as published"):
+            if row["variant"] in left_out(record):
                 continue
             is_rung = row.get("booster") is not None
             gain = before["ms"] / row["ms"] if is_rung and before and "ms" in row else None

@@ -562,7 +562,9 @@ def qk_norm_rope(
     compiling = torch.compiler.is_compiling()
     # Timed on an H200, the kernels are 1.9 times as fast as Inductor's forward and 0.3 times as fast as its backward,
     # before that was written anew; eager PyTorch takes 4 to 19 times as long as they did.
-    left_to_compiler = backend == "auto" and compiling and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    left_to_compiler = (
+        backend == "auto" and compiling and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    )
     if chosen == "reference" or left_to_compiler:
         return qk_norm_rope_reference(
             q, k, **vectors, cos=cos, sin=sin, norm=norm, eps=eps, interleaved=interleaved, out_dtype=out_dtype
