@@ -63,15 +63,7 @@ class DispatchedAttention(SpreadAttention):
             return "a hook on its attention weights"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
-        return None if self._scale_is_usual() else "its scale is not 1/√K"
-
-    def _scale_is_usual(self) -> bool:
-        """Whether nobody changed what old timm, and new timm without its fused kernels, multiply q·kᵀ with."""
-        scale, width = getattr(self, "scale", None), getattr(self.qkv, "out_features", None)
-        if scale is None or width is None:
-            return True
-        K = width // (3 * self.num_heads)
-        return isinstance(scale, (int, float)) and abs(scale * scale * K - 1.0) < 1e-6
+        return None if _scale_is_usual(self) else _OTHER_SCALE
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -87,11 +79,23 @@ class DispatchedAttention(SpreadAttention):
             return "it normalises q and k"
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
-        if not self._scale_is_usual():
-            return "its scale is not 1/√K"
+        if not _scale_is_usual(self):
+            return _OTHER_SCALE
         if not plain_linear(self.qkv, self.proj):
             return "its linears are not torch's own, or something was put on them"
         return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
+
+
+_OTHER_SCALE = "its scale is not 1/√K"
+
+
+def _scale_is_usual(attn: Any) -> bool:
+    """Whether nobody changed what old timm, and new timm without its fused kernels, multiply q·kᵀ with."""
+    scale, width = getattr(attn, "scale", None), getattr(attn.qkv, "out_features", None)
+    if scale is None or width is None:
+        return True
+    K = width // (3 * attn.num_heads)
+    return isinstance(scale, (int, float)) and abs(scale * scale * K - 1.0) < 1e-6
 
 
 def plan(model: Any, planner: Planner) -> None:
@@ -125,6 +129,8 @@ def plan_attention(
         planner.keep(name, "it gates its output")
     elif not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
         planner.keep(name, "it normalises its output")
+    elif not _scale_is_usual(attn):
+        planner.keep(name, _OTHER_SCALE)
     elif unknown:
         planner.keep(name, f"its forward may read what it stores: {', '.join(sorted(unknown))}")
     else:
