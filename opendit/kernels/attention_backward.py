@@ -404,8 +404,13 @@ def _boxes(tensor: Tensor, launch: Launch, rows: int, head: int, tail: int) -> t
     B, L, *rest = tensor.shape
     stride = tensor.stride(1)
     usable = launch.boxes and _tile(launch, L)["EVEN"] and (B == 1 or tensor.stride(0) == L * stride)
-    # The unit's own rules: rows and the first element at multiples of 16 bytes.
-    usable = usable and stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    # The unit's own rules: rows and the first element at multiples of 16 bytes. Rows of an expanded tensor overlap.
+    usable = (
+        usable
+        and stride >= math.prod(rest)
+        and stride * tensor.element_size() % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
     if not usable or not (INTERPRETING or torch.cuda.get_device_capability(tensor.device) >= (9, 0)):
         return None, None
     describe = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor

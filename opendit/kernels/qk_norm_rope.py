@@ -527,7 +527,7 @@ def qk_norm_rope(
         interleaved: whether pairs are neighbours, (0, 1), (2, 3), …, or lie half a head apart, (0, K/2), ….
         out_dtype: both results' dtype; by default each keeps its own.
         backend: "auto", "triton" or "reference"; see ``opendit.kernels.backend``. What torch.compile traces for
-            training is left to it by "auto".
+            gradients of q or k is left to it by "auto".
 
     Returns:
         q and k [B, L, H, K], contiguous. Arithmetic is float32 (float64 for float64 inputs, which only the reference

@@ -150,7 +150,13 @@ def test_boxes_are_not_of_what_the_unit_refuses(device: torch.device) -> None:
     fits_blocks = torch.zeros(2, 64, 2, 24, device=device)
     odd = torch.zeros(2, 65, 2, 24, device=device)[:, 1:]  # samples apart
     row = torch.zeros(2, 64, 50, device=device)[..., 2:].unflatten(2, (2, 24))  # rows at 8 bytes
-    for tensor in (odd, row, fits_blocks[:, :63], fits_blocks[:1].expand(2, 64, 2, 24)):
+    for tensor in (
+        odd,
+        row,
+        fits_blocks[:, :63],
+        fits_blocks[:1].expand(2, 64, 2, 24),
+        fits_blocks[:1, :1].expand(1, 64, 2, 24),
+    ):
         assert sound._boxes(tensor, launch, 16, 16, 16) == (None, None)
 
 
