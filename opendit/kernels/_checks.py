@@ -3,6 +3,7 @@
 Shapes: x, y [B, L, D]; shift, scale, gate [B, D]; weight, bias [D].
 """
 
+import numbers
 from typing import Any
 
 import torch
@@ -29,13 +30,20 @@ def check_tokens(kernel: str, name: str, tensor: Any, like: Tensor | None = None
         )
 
 
-def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], meaning: str | None = None, **vectors: Any) -> None:
-    """Require floating tensors of exactly ``shape`` (its ``meaning`` in words) on x's device.
-
-    None is skipped, but for [B, D], which no kernel does without.
+def check_vectors(
+    kernel: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    meaning: str | None = None,
+    *,
+    required: bool = False,
+    **vectors: Any,
+) -> None:
+    """Require floating tensors of exactly ``shape`` (its ``meaning`` in words) on x's device; None where not
+    ``required`` is skipped.
     """
     for name, tensor in vectors.items():
-        if tensor is None and (len(shape) == 1 or meaning is not None):
+        if tensor is None and not required:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -55,7 +63,7 @@ def check_vectors(kernel: str, x: Tensor, shape: tuple[int, ...], meaning: str |
 
 def check_eps(kernel: str, eps: float) -> None:
     """Require eps > 0 (NaN is refused too)."""
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, numbers.Real):
         raise TypeError(f"{kernel}: eps is a {type(eps).__name__}; pass a positive number, for example 1e-6")
     if not eps > 0:
         raise ValueError(f"{kernel}: eps is {eps}; it must be positive, for example 1e-6")

@@ -291,7 +291,7 @@ def gate_residual(
     check_tokens(name, "x", x)
     check_tokens(name, "y", y, like=x)
     B, _, D = x.shape
-    check_vectors(name, x, (B, D), gate=gate)
+    check_vectors(name, x, (B, D), required=True, gate=gate)
     check_out_dtype(name, residual_dtype, "residual_dtype")
     if resolve(backend, name, x.device, D, has_double(x, y, gate)) == "reference":
         return gate_residual_reference(x, y, gate, residual_dtype=residual_dtype)

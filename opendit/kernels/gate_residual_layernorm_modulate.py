@@ -552,7 +552,7 @@ def gate_residual_layernorm_modulate(
     check_tokens(name, "x", x)
     check_tokens(name, "y", y, like=x)
     B, _, D = x.shape
-    check_vectors(name, x, (B, D), gate=gate, shift=shift, scale=scale)
+    check_vectors(name, x, (B, D), required=True, gate=gate, shift=shift, scale=scale)
     if weight is not None or bias is not None:
         check_vectors(name, x, (D,), weight=weight, bias=bias)
     check_eps(name, eps)

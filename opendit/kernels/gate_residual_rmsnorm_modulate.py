@@ -76,7 +76,7 @@ def gate_residual_rmsnorm_modulate(
     check_tokens(name, "x", x)
     check_tokens(name, "y", y, like=x)
     B, _, D = x.shape
-    check_vectors(name, x, (B, D), gate=gate, shift=shift, scale=scale)
+    check_vectors(name, x, (B, D), required=True, gate=gate, shift=shift, scale=scale)
     check_vectors(name, x, (D,), weight=weight)
     check_eps(name, eps)
     check_out_dtype(name, out_dtype)

@@ -490,7 +490,7 @@ def layernorm_modulate(
     name = "layernorm_modulate"
     check_tokens(name, "x", x)
     B, _, D = x.shape
-    check_vectors(name, x, (B, D), shift=shift, scale=scale)
+    check_vectors(name, x, (B, D), required=True, shift=shift, scale=scale)
     if weight is not None or bias is not None:
         check_vectors(name, x, (D,), weight=weight, bias=bias)
     check_eps(name, eps)

@@ -84,7 +84,7 @@ def rmsnorm_modulate(
     name = "rmsnorm_modulate"
     check_tokens(name, "x", x)
     B, _, D = x.shape
-    check_vectors(name, x, (B, D), shift=shift, scale=scale)
+    check_vectors(name, x, (B, D), required=True, shift=shift, scale=scale)
     check_vectors(name, x, (D,), weight=weight)
     check_eps(name, eps)
     check_out_dtype(name, out_dtype)

@@ -342,6 +342,14 @@ def refused(spec: KernelSpec, error: type[Exception], *words: str, **change: obj
         assert word in str(caught.value), str(caught.value)
 
 
+def test_eps_may_be_any_real_number() -> None:
+    np = pytest.importorskip("numpy")
+    x = torch.randn(2, 3, 8)
+    for eps in (np.float32(1e-2), np.float64(1e-2), 1):
+        expected = layernorm_file.layernorm(x, eps=float(eps))
+        assert torch.equal(layernorm_file.layernorm(x, eps=eps), expected)
+
+
 def test_bad_arguments(spec: KernelSpec) -> None:
     for name, kind in spec.inputs.items():
         refused(spec, TypeError, name, "list", **{name: [1.0]})
