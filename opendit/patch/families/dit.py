@@ -61,6 +61,10 @@ class DispatchedAttention(SpreadAttention):
             return "dropout active in attention"
         if hooked(self.attn_drop):
             return "a hook on its attention weights"
+        return self._changed()
+
+    def _changed(self) -> str | None:
+        """What was changed since it was planned that only upstream's forward honours."""
         if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
             return "it gates or normalises its output"
         return None if _scale_is_usual(self) else _OTHER_SCALE
@@ -77,10 +81,9 @@ class DispatchedAttention(SpreadAttention):
             return "dropout active or a hook inside"
         if not all(off(getattr(self, name, None)) for name in ("q_norm", "k_norm")):
             return "it normalises q and k"
-        if getattr(self, "gate", None) is not None or not off(getattr(self, "norm", None)):
-            return "it gates or normalises its output"
-        if not _scale_is_usual(self):
-            return _OTHER_SCALE
+        changed = self._changed()
+        if changed is not None:
+            return changed
         if not plain_linear(self.qkv, self.proj):
             return "its linears are not torch's own, or something was put on them"
         return AttentionParts((self.qkv,), self.proj, self.num_heads, self._opendit_attention)
