@@ -90,7 +90,8 @@ def _row(record: Record, name: str) -> Row | None:
 def ablation(records: list[Record]) -> Any:
     figure, all_axes = _axes(9, 2.6 * len(records), len(records))
     for axes, record in zip(all_axes if len(records) > 1 else [all_axes], records, strict=True):
-        rows = [r for r in record.rows if "ms" in r and r["variant"] not in left_out(record)]
+        no_rungs = left_out(record)
+        rows = [r for r in record.rows if "ms" in r and r["variant"] not in no_rungs]
         names = [r["variant"] for r in rows]
         speeds = [r["images_per_s"] for r in rows]
         colours = [SPEED_ROWS.get(name, BLUE) for name in names]

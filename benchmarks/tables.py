@@ -147,8 +147,9 @@ def ablation(records: Sequence[Record], link: Link) -> str:
     rows = []
     for record in chosen:
         before: Row | None = None
+        no_rungs = left_out(record)
         for row in record.rows:
-            if row["variant"] in left_out(record):
+            if row["variant"] in no_rungs:
                 continue
             is_rung = row.get("booster") is not None
             gain = before["ms"] / row["ms"] if is_rung and before and "ms" in row else None

@@ -79,25 +79,16 @@ LADDER: dict[str, Variant] = {
     ),
     "whole block, bf16 residual": Variant(booster={"residual": "bf16"}),
 }
+_FP8: dict[str, Any] = {
+    "activation_checkpointing": "selective",
+    "cuda_graphs": True,
+    "precision": "fp8",
+    "skip_nonfinite": False,  # no variant looks at its gradients
+}
 # Asked for by name only: another arithmetic, on GPUs that have it.
 OPT_IN: dict[str, Variant] = {
-    "opendit fp8": Variant(
-        booster={
-            "activation_checkpointing": "selective",
-            "cuda_graphs": True,
-            "precision": "fp8",
-            "skip_nonfinite": False,  # no variant looks at its gradients
-        }
-    ),
-    "opendit fp8, bf16 residual": Variant(
-        booster={
-            "activation_checkpointing": "selective",
-            "cuda_graphs": True,
-            "precision": "fp8",
-            "residual": "bf16",
-            "skip_nonfinite": False,
-        }
-    ),
+    "opendit fp8": Variant(booster=_FP8),
+    "opendit fp8, bf16 residual": Variant(booster=_FP8 | {"residual": "bf16"}),
 }
 
 
