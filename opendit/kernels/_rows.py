@@ -75,13 +75,14 @@ def forward_tile(*streams: Tensor, quantize: bool = False) -> Tile:
     if INTERPRETING:  # its time goes into programs and loop turns, not into elements
         return Tile(rows=16, walk=64, most=1 << 20, warps=4, stages=1)
     # Half the backward's warps: with one, a row's two reductions need no trip through shared memory.
-    few = max(warps(streams[0].shape[-1]) // 2, 1)
-    if len(streams) == 1 and streams[0].element_size() <= 2 and not quantize and streams[0].shape[:2].numel() < 1 << 15:
+    B, L, D = streams[0].shape
+    few = max(warps(D) // 2, 1)
+    if len(streams) > 1:
+        return Tile(rows=1, walk=4, most=1 << 20, warps=few, stages=stages(streams))
+    if streams[0].element_size() <= 2 and B * L < 1 << 15 and not quantize:
         return Tile(rows=1, walk=2, most=1 << 20, warps=few, stages=3)  # too few bytes for fewer programs
-    if len(streams) == 1:
-        # Two rows whose largest values are found besides take all registers of a lane.
-        return Tile(rows=1 if quantize else 2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
-    return Tile(rows=1, walk=4, most=1 << 20, warps=few, stages=stages(streams))
+    # Two rows whose largest values are found besides take all registers of a lane.
+    return Tile(rows=1 if quantize else 2, walk=4, most=1 << 20, warps=few, stages=min(stages(streams), 2))
 
 
 def backward_tile(*streams: Tensor) -> Tile:

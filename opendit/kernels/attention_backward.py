@@ -44,6 +44,9 @@ from opendit.kernels.backend import INTERPRETING, TRITON_INSTALLED
 INTERPRETED = tl.constexpr(INTERPRETING) if TRITON_INSTALLED else None  # kernels read only such globals
 LOG2E = tl.constexpr(1.4426950408889634) if TRITON_INSTALLED else None  # exp2 costs one instruction, exp two
 STRIDE_LIMIT = 1 << 23  # of 256 rows at most
+TensorDescriptor: Any = (
+    importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor if TRITON_INSTALLED else None
+)
 
 
 def pieces(head_dim: int) -> tuple[int, int]:
@@ -69,6 +72,10 @@ class Launch:
     stages: int
     registers: int = 0
     boxes: bool = True
+
+    def even(self, length: int) -> bool:
+        """Whether blocks fit the tokens exactly, so that nothing is masked."""
+        return length % self.queries == 0 and length % self.keys == 0
 
 
 @dataclass(frozen=True)
@@ -392,9 +399,13 @@ def _options(launch: Launch) -> dict[str, int]:
 
 
 def _tile(launch: Launch, length: int) -> dict[str, Any]:
-    """A kernel's compile-time block sizes; EVEN when blocks fit the tokens exactly, so that nothing is masked."""
-    even = length % launch.queries == 0 and length % launch.keys == 0
-    return {"QUERIES": launch.queries, "KEYS": launch.keys, "STAGES": launch.stages, "EVEN": even}
+    """A kernel's compile-time block sizes."""
+    return {
+        "QUERIES": launch.queries,
+        "KEYS": launch.keys,
+        "STAGES": launch.stages,
+        "EVEN": launch.even(length),
+    }
 
 
 def _boxes(tensor: Tensor, launch: Launch, rows: int, head: int, tail: int) -> tuple[Any, Any]:
@@ -402,22 +413,23 @@ def _boxes(tensor: Tensor, launch: Launch, rows: int, head: int, tail: int) -> t
     it is empty; (None, None) where the unit is not there or can't be used.
     """
     B, L, *rest = tensor.shape
-    stride = tensor.stride(1)
-    usable = launch.boxes and _tile(launch, L)["EVEN"] and (B == 1 or tensor.stride(0) == L * stride)
-    # The unit's own rules: rows and the first element at multiples of 16 bytes. Rows of an expanded tensor overlap.
+    stride, width = tensor.stride(1), math.prod(rest)
     usable = (
-        usable
-        and stride >= math.prod(rest)
-        and stride * tensor.element_size() % 16 == 0
+        launch.boxes
+        and launch.even(L)
+        and (B == 1 or tensor.stride(0) == L * stride)
+        and stride >= width  # rows of an expanded tensor overlap
+        and stride * tensor.element_size() % 16 == 0  # the unit's own rule
         and tensor.data_ptr() % 16 == 0
+        and (INTERPRETING or torch.cuda.get_device_capability(tensor.device) >= (9, 0))
     )
-    if not usable or not (INTERPRETING or torch.cuda.get_device_capability(tensor.device) >= (9, 0)):
+    if not usable:
         return None, None
-    describe = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    shape, strides = [B * L, math.prod(rest)], [stride, 1]
-    return describe(tensor, shape, strides, [rows, head]), describe(
-        tensor, shape, strides, [rows, tail]
-    ) if tail else None
+
+    def box(columns: int) -> Any:
+        return TensorDescriptor(tensor, [B * L, width], [stride, 1], [rows, columns])
+
+    return box(head), box(tail) if tail else None
 
 
 def fits(dtype: torch.dtype, head_dim: int) -> bool:

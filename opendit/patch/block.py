@@ -413,7 +413,7 @@ def backward(
         dy_a_sums = _through_gate(gate_a, sums_a[:, -1], torch.float32)
         if want["proj_b"]:
             grads["proj_b"] = dy_a_sums.to(to["proj_b"])
-        if short:  # Σ dv = Σ do = Σ dy_a·Wproj, for a softmax's rows sum to 1
+        if short and want["qkv_b"]:  # Σ dv = Σ do = Σ dy_a·Wproj, for a softmax's rows sum to 1
             dv_sums = torch.mm(dy_a_sums[None], proj_w.float())[0]
     if want["w1"]:
         grads["w1"] = _product(dp.t(), h_m.view(M, D), to["w1"], into.get("w1"))
@@ -435,7 +435,7 @@ def backward(
         dh_a, dw, db = in_block.fastseq_backward(*given, dw, db)
         grads |= {n: g for n, g in (("qkv_w", dw), ("qkv_b", db)) if g is not None}
     else:
-        dqkv, dqkv_b = _attention_backward(do, s, of_attention, static, want["qkv_b"], dv_sums)
+        dqkv, dqkv_b = _attention_backward(do, s, of_attention, static, short, want["qkv_b"], dv_sums)
         if want["qkv_b"]:
             grads["qkv_b"] = dqkv_b.to(to["qkv_b"])
         # qkv = h_a·Wqkvᵀ + bqkv, h_a = LN(x)·(1 + scale_a) + shift_a
@@ -491,10 +491,11 @@ def _attention_backward(
     s: dict[str, Tensor],
     saved: Sequence[Tensor],
     static: Static,
+    short: bool,
     want_sums: bool,
     dv_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv [M, 3·H·K], its column sums in fp32). dv_sums: those of dv [H·K], given where they need no pass."""
+    """(dqkv [M, 3·H·K], its column sums in fp32). short: by our own kernel, which is given those of dv [H·K]."""
     if static.sequence is not None:
         B, L, _ = s["o"].shape
         dqkv = in_block.ulysses_backward(do.view(B, L, -1), saved, static.heads, static.sequence, static.attend)
@@ -503,7 +504,7 @@ def _attention_backward(
     qkv, o, attention = s["qkv"], s["o"], static.attention
     B, L, _, H, K = qkv.shape
     per_head = (B, L, H, K)
-    if _short(attention, qkv):
+    if short:
         lse = saved[0].reshape(B, H, L)
         dqkv, sums = short_attention.attention_backward(
             do.view(per_head), qkv, o.view(per_head), lse, query_sums=want_sums
